@@ -1,0 +1,48 @@
+"""Write the demo model's tokenizer and configuration into data/model (needs train.jsonl beside this file).
+
+    python data/make_tokenizer.py       # then: torchrun train.py @recipes/demo-sft.txt trains the weights
+
+A byte-level BPE learned on the training rows, digits kept single so that sums can be learned, with the ChatML
+template of the paper's Appendix B; and a small Llama's config.json.
+"""
+import json
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+FOLDER = Path(__file__).parent
+VOCABULARY = 640
+CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+          "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+
+
+def texts():
+    with open(FOLDER / "train.jsonl", encoding="utf-8") as f:
+        for line in f:
+            row = json.loads(line)
+            yield "".join(f"{message['role']}\n{message['content']}\n" for message in row["prompt"] + row["chosen"])
+
+
+def main():
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r" ?\d|\n| ?[^\s\d]+|\s"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(texts(), trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|im_end|>",
+                                        additional_special_tokens=["<|im_start|>"], model_max_length=512)
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(FOLDER / "model")
+    end = tokenizer.eos_token_id
+    LlamaConfig(vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4,
+                num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=512, tie_word_embeddings=True,
+                bos_token_id=None, eos_token_id=end, pad_token_id=end, dtype="float32",
+                architectures=["LlamaForCausalLM"]).save_pretrained(FOLDER / "model")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Several processes: started by torchrun, one a device, each with its share of every batch (DDP)."""
+import os
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+
+class World:
+    """The processes of a run. rank: which one this is; size: how many; device: what this one computes on."""
+
+    def __init__(self, threads: int | None = None):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        local, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", local)
+            torch.cuda.set_device(self.device)
+        else:
+            self.device = torch.device("mps" if torch.backends.mps.is_available() and self.size == 1 else "cpu")
+            # torchrun sets one thread a process, which leaves the other cores idle.
+            torch.set_num_threads(threads or max(1, cores() // local_size))
+        if self.size > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def wrap(self, module):
+        """The module whose forward is to be called in training: DDP where there are several processes."""
+        if self.size == 1:
+            return module
+        return DistributedDataParallel(module, device_ids=[self.device] if self.device.type == "cuda" else None)
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Each value summed over the processes."""
+        if self.size == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def means(self, tallies: dict[str, tuple[float, int]]) -> dict[str, float]:
+        """(sum, count) of each process -> mean over all of them; left out where nothing was counted."""
+        flat = self.sum([x for tally in tallies.values() for x in tally])
+        return {name: total / count for name, total, count in zip(tallies, flat[::2], flat[1::2]) if count}
+
+    def gather(self, thing) -> list:
+        """What each process has, in the order of ranks."""
+        if self.size == 1:
+            return [thing]
+        things = [None] * self.size
+        dist.all_gather_object(things, thing)
+        return things
+
+    def close(self) -> None:
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+def cores() -> int:
+    """CPU cores this process may use (macOS does not tell, so there it is all of them)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

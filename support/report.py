@@ -1,0 +1,137 @@
+"""What a person sees of a run, and what is written down of it."""
+import dataclasses
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from support.rows import passes
+
+
+class Report:
+    """Header, progress line, metrics.jsonl, printed pairs and the closing table; silent but on rank 0."""
+
+    def __init__(self, settings, world, folder: Path, steps: int):
+        self.settings, self.world, self.folder = settings, world, folder
+        self.bar = tqdm(total=steps, unit="step", disable=not world.is_main, dynamic_ncols=True, mininterval=1)
+        self.file = open(folder / "metrics.jsonl", "w", encoding="utf-8") if world.is_main else None
+
+    def say(self, text: str = "") -> None:
+        if self.world.is_main:
+            self.bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def step(self, record: dict) -> None:
+        """One flat line in metrics.jsonl, and the progress line moved on."""
+        if self.world.is_main:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+            self.bar.set_postfix_str(f"loss {record['loss']:.4f}", refresh=False)
+            self.bar.update()
+
+    def pair(self, pair, tokenizer, ends: list[int], segment_len: int) -> None:
+        """Print a pair with A, B, B' and C told apart."""
+        a, b, b_new, c, cut = parts(pair, ends, segment_len)
+        def text(ids):
+            return printable(tokenizer.decode(ids))
+        question = text(pair.prompt[-120:])
+        self.say(f"\nstep {pair.step}, row {pair.row}\n  x  {question}\n  A  {text(a)}\n  B  {text(b)}\n  B' {text(b_new)}"
+                 f"{'   (same as B)' if b == b_new else ''}\n  C  {text(c)}{'   (dropped: B’ ended the response)' if cut and c else ''}")
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.file:
+            self.file.close()
+
+
+def parts(pair, ends: list[int], segment_len: int):
+    """A, B, B' and C of a pair, and whether B' ended the response (so that y- has no C)."""
+    stop = min(pair.start + segment_len, len(pair.chosen)) if segment_len else len(pair.chosen)
+    c = pair.chosen[stop:]
+    cut = ended_early(pair, ends, segment_len)
+    b_new = pair.rejected[pair.start:] if cut or not c else pair.rejected[pair.start:len(pair.rejected) - len(c)]
+    return pair.chosen[:pair.start], pair.chosen[pair.start:stop], b_new, c, cut
+
+
+def ended_early(pair, ends: list[int], segment_len: int) -> bool:
+    """Did B' produce an end token? Then y- is no longer than A and B' and closes with it."""
+    room = pair.start + segment_len if segment_len else len(pair.rejected)
+    return len(pair.rejected) <= room and pair.rejected[-1] in ends
+
+
+def printable(text: str) -> str:
+    """Text safe for a terminal on one line: a model may write escape sequences, and they must not act."""
+    return "".join(ch if ch.isprintable() else "\\n" if ch == "\n" else f"\\x{ord(ch):02x}" for ch in text)
+
+
+def pair_statistics(pairs, rows, tokenizer, ends: list[int], segment_len: int) -> dict[str, tuple[float, int]]:
+    """Of a batch of new pairs, (sum, count) each: identical (B' = B), ended (B' holds an end token), and worse: of the
+    pairs that differ and carry a check, those whose rejected response fails it. rows: row number -> Row."""
+    different = [(pair, rows[pair.row]) for pair in pairs if pair.chosen != pair.rejected]
+    checked = [(pair, row) for pair, row in different if row.check]
+    texts = tokenizer.batch_decode([pair.rejected for pair, _ in checked], skip_special_tokens=True)
+    worse = sum(not passes(row.check, text, row.chosen_text) for (_, row), text in zip(checked, texts))
+    return {"identical": (len(pairs) - len(different), len(pairs)), "worse": (worse, len(checked)),
+            "ended": (sum(ended_early(pair, ends, segment_len) for pair in pairs), len(pairs))}
+
+
+def buffer_statistics(buffer, drawn, step: int) -> dict[str, tuple[float, int]]:
+    """Of a batch just drawn, (sum, count) each: its age in steps and how often its pairs had been drawn before; and of
+    all pairs evicted so far, how many were never drawn."""
+    return {"buffer_age": (sum(step - pair.step for pair in drawn), len(drawn)),
+            "buffer_use": (int(buffer.drawn_counts.sum()), len(drawn)),
+            "never_used": (buffer.evicted_unused, buffer.evicted)}
+
+
+class Clock:
+    """Seconds of each part of a step: clock.lap("generate") takes the time since the last lap."""
+
+    def __init__(self, device):
+        self.device, self.laps = device, {}
+        self.last = self._now()
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":          # kernels run behind the Python that queued them
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = self._now()
+        self.laps[f"seconds_{name}"] = self.laps.get(f"seconds_{name}", 0.0) + now - self.last
+        self.last = now
+
+
+def peak_memory_mib(device) -> float:
+    """Most memory held so far: of the GPU where there is one, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+
+
+def header(settings, world, model, rows, held, steps: int, folder: Path) -> str:
+    """What goes into the run: model, data, machine, and every setting."""
+    tokens = sum(len(row.prompt) + len(row.chosen) for row in rows)
+    lines = [f"SAPO: {settings.loss} on pairs from '{settings.rejected}', {steps} steps of {settings.batch_size} prompts"
+             if settings.loss != "sft" else f"SFT: {steps} steps of {settings.batch_size} responses",
+             f"  model     {settings.model}: {type(model).__name__}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters",
+             f"  data      {settings.data}: {len(rows)} rows, {tokens} tokens ({tokens / max(1, len(rows)):.0f} a row); {len(held)} held out",
+             f"  machine   {world.size} x {world.device.type}" + (f", {torch.get_num_threads()} threads each" if world.device.type == "cpu" else ""),
+             f"  output    {folder}"]
+    settings_text = "  ".join(f"{k}={v}" for k, v in dataclasses.asdict(settings).items() if v is not None)
+    return "\n".join(lines) + "\n  settings  " + settings_text
+
+
+def summary_table(before: dict, after: dict) -> str:
+    """Held-out results before and after, and their difference."""
+    lines = [f"{'held out':<22}{'before':>10}{'after':>10}{'difference':>12}"]
+    for name in before:
+        lines.append(f"{name:<22}{before[name]:>10.4f}{after[name]:>10.4f}{after[name] - before[name]:>+12.4f}")
+    return "\n".join(lines)
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,203 @@
+"""Data in: read rows, check them, put them through the chat template, tokenize.
+
+A row is one of TRL's formats: `messages`; `prompt` with `chosen` (and `rejected`), as strings or as message lists; or
+`chosen` (and `rejected`) as whole conversations with the prompt implied. The last assistant turn is the response,
+everything before it the prompt. A `check`, if there is one, is a regular expression (see `passes`).
+"""
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from support.settings import UserError, located
+
+CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+          "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+VICUNA = ("{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
+          "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}")
+
+
+@dataclass
+class Row:
+    """One tokenized row. prompt, chosen, rejected: token ids (rejected None where there is none).
+
+    number: its place in the data. check and chosen_text: what `passes` takes (check None where there is none).
+    """
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int] | None
+    number: int
+    check: str | None
+    chosen_text: str
+
+
+def passes(check: str, response: str, chosen: str) -> bool:
+    """Is `response` right? It is when the check, a regular expression, finds in it what it finds in the chosen response.
+
+    All matches count, in their order: every step of a worked answer, not the last number alone.
+
+        check "[0-9]+", chosen "2+3=5", response "2 + 3 = 5."  ->  True        response "2+3=6"  ->  False
+    """
+    return re.findall(check, response) == re.findall(check, chosen)
+
+
+def read_rows(path: str) -> list[tuple[str, dict]]:
+    """All rows of a .jsonl or .json file, or of the ones in a folder, each with where it stands ("file, line 3").
+
+    Raises UserError when there is nothing, or something that is not a JSON object.
+    """
+    source = located(path)
+    if not source.exists():
+        raise UserError(f"{path}: no such file or folder; --data takes a .jsonl or .json file, or a folder of them")
+    files = sorted(f for f in source.iterdir() if f.suffix in (".jsonl", ".json")) if source.is_dir() else [source]
+    rows = [row for file in files for row in read_file(file)]
+    if not rows:
+        raise UserError(f"{path}: no rows in it")
+    return rows
+
+
+def read_file(file: Path) -> list[tuple[str, dict]]:
+    """The rows of one file: a JSON list in a .json file, otherwise one JSON object a line."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 at byte {error.start}; convert it first") from None
+    if file.suffix == ".json" and text.lstrip().startswith("["):
+        try:
+            rows = [(f"{file}, row {i}", row) for i, row in enumerate(json.loads(text), 1)]
+        except json.JSONDecodeError as error:
+            raise UserError(f"{file}, line {error.lineno}: not JSON ({error.msg})") from None
+    else:
+        rows = []
+        for i, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                try:
+                    rows.append((f"{file}, line {i}", json.loads(line)))
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{file}, line {i}: not JSON ({error.msg})") from None
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: expected an object with `messages` or `prompt` and `chosen`, found {type(row).__name__}")
+    return rows
+
+
+def split_row(row: dict, where: str):
+    """A row of any accepted shape -> (prompt, chosen, rejected or None): strings, or message lists and response texts.
+
+        {"messages": [user, assistant]}  ->  ([user], "text of the assistant", None)
+    """
+    def is_messages(value):
+        return isinstance(value, list) and value and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value)
+
+    def last_answer(messages):
+        """Everything before the last assistant turn, and that turn's text; turns after it are left out."""
+        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
+        if last is None:
+            raise UserError(f"{where}: no assistant turn; the last one is the response to learn from")
+        return messages[:last], messages[last]["content"]
+
+    prompt, rejected = row.get("prompt"), row.get("rejected")
+    chosen = row.get("chosen", row.get("messages", row.get("completion")))
+    if isinstance(chosen, str) and isinstance(prompt, str) and isinstance(rejected, str | None):
+        result = prompt, chosen, rejected
+    elif is_messages(chosen) and (prompt is None or is_messages(prompt)) and (rejected is None or is_messages(rejected)):
+        before, answer = last_answer((prompt or []) + chosen)
+        other = None if rejected is None else last_answer((prompt or []) + rejected)
+        if other and other[0] != before:
+            raise UserError(f"{where}: `chosen` and `rejected` differ before their last assistant turn")
+        result = before, answer, other and other[1]
+    else:
+        raise UserError(f"{where}: expected `messages`, or `prompt` and `chosen` as two strings or two message lists "
+                        "(each message a `role` and a `content`), or `chosen` as a whole conversation")
+    if not result[0]:
+        raise UserError(f"{where}: nothing stands before the response, so there is no prompt")
+    if not result[1].strip() or rejected is not None and not result[2].strip():
+        raise UserError(f"{where}: the response is empty")
+    return result
+
+
+class Tokenize:
+    """Rows to token ids: the prompt's ids are a true prefix of the whole, and one end token closes each full response.
+
+    Prompt and response are tokenized apart, as they are when the model answers. A string row is raw text with the EOS
+    behind it; messages go through the chat template. Special tokens spelled out in a response are taken as plain text.
+    """
+
+    def __init__(self, tokenizer, max_prompt_len: int, max_len: int):
+        """Raises UserError when the tokenizer has no end token."""
+        if tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no EOS token: set eos_token in its tokenizer_config.json")
+        self.tokenizer, self.max_prompt_len, self.max_len = tokenizer, max_prompt_len, max_len
+        self.turn_end, self.turn_tail = tokenizer.eos_token_id, ""
+        if tokenizer.chat_template:
+            self.turn_end, self.turn_tail = self._end_of_turn()
+
+    def _end_of_turn(self) -> tuple[int, str]:
+        """The end token the template puts behind an assistant turn (EOS where it puts none), and all it puts there."""
+        mark = "qzxqzx"
+        text = self._render([{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}], False)
+        tail = text[text.rindex(mark) + len(mark):]
+        special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
+        ids = self.tokenizer(tail, add_special_tokens=False)["input_ids"]
+        return next((i for i in ids if i in special), self.tokenizer.eos_token_id), tail
+
+    def _render(self, messages, add_generation_prompt):
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+
+    def __call__(self, row: dict, where: str, number: int) -> Row:
+        """Tokenize and cut one row. Raises UserError on a row that can't be used."""
+        prompt, chosen, rejected = split_row(row, where)
+        check = row.get("check")
+        if isinstance(prompt, str):
+            ids = self.tokenizer(prompt)["input_ids"]
+            while ids and ids[-1] == self.tokenizer.eos_token_id:       # some tokenizers close every text
+                ids = ids[:-1]
+            end, answers = self.tokenizer.eos_token_id, [chosen, rejected]
+        elif not self.tokenizer.chat_template:
+            raise UserError(f"{where}: messages need a chat template and the tokenizer has none; "
+                            "pass --chat_template chatml or vicuna")
+        else:
+            try:
+                text = self._render(prompt, True)
+                answers = [a and self._as_rendered(prompt, text, a) for a in (chosen, rejected)]
+            except Exception as error:          # templates raise whatever their authors chose
+                raise UserError(f"{where}: the chat template refuses this conversation: {error}") from None
+            ids, end = self.tokenizer(text, add_special_tokens=False)["input_ids"], self.turn_end
+        ids = self._cut_prompt(ids)
+        room = self.max_len - len(ids)
+        chosen_ids, rejected_ids = (a and self._response(a, end)[:room] for a in answers)
+        return Row(ids, chosen_ids, rejected_ids, number, check, chosen)
+
+    def _as_rendered(self, prompt, text, answer):
+        """The answer as the template writes it (some trim it, some put an empty thought before it)."""
+        full = self._render(prompt + [{"role": "assistant", "content": answer}], False)
+        if not full.startswith(text):
+            return answer
+        return full[len(text):].removesuffix(self.turn_tail)
+
+    def _response(self, text: str, end: int) -> list[int]:
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return [*ids, end]
+
+    def _cut_prompt(self, ids: list[int]) -> list[int]:
+        """A long prompt loses its start, the part furthest from the answer; a BOS stays."""
+        if len(ids) <= self.max_prompt_len:
+            return ids
+        bos = ids[:1] if ids[0] == self.tokenizer.bos_token_id and self.max_prompt_len > 1 else []
+        return bos + ids[len(ids) - self.max_prompt_len + len(bos):]
+
+
+def load_data(settings, tokenizer) -> tuple[list[Row], list[Row]]:
+    """Training and held-out rows. Without --eval_data every k-th row is held out: 2% of them, at most 200."""
+    tokenize = Tokenize(tokenizer, settings.max_prompt_len, settings.max_len)
+    rows = [tokenize(row, where, i) for i, (where, row) in enumerate(read_rows(settings.data))]
+    if settings.eval_data:
+        held = [tokenize(row, where, i) for i, (where, row) in enumerate(read_rows(settings.eval_data))]
+    else:
+        every = max(50, -(-len(rows) // 200))
+        held = rows[every - 1::every]
+        rows = [row for i, row in enumerate(rows) if (i + 1) % every]
+    if settings.rejected == "data" and settings.loss != "sft" and any(row.rejected is None for row in rows):
+        raise UserError(f"{settings.data}: --rejected data needs a `rejected` response in every row")
+    return rows, held[:settings.eval_rows]

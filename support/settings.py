@@ -1,0 +1,177 @@
+"""The settings of a run: one dataclass, the command line built from it, and what makes no sense together."""
+import argparse
+import dataclasses
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+DEMO = REPOSITORY / "recipes" / "demo.txt"
+
+
+class UserError(Exception):
+    """Something the user can put right: one sentence that says what and how. train.py prints it and exits with 2."""
+
+
+def setting(default, comment, choices=None, several=False):
+    """One field: its default, the comment that --help shows, and what it may be. several: one value an iteration."""
+    return field(default=default, metadata={"comment": comment, "choices": choices, "several": several})
+
+
+@dataclass
+class Settings:
+    """Every setting of train.py. None means that the value depends on others and is worked out by `resolve`."""
+    # what goes in and out
+    model: str = setting(None, "folder or hub name of the model to start from (none: the demo, recipes/demo.txt)")
+    data: str = setting(None, "training rows: a .jsonl or .json file, or a folder of them")
+    eval_data: str = setting(None, "held-out rows (none: a fixed 2%% of the data, at most 200 rows, is held out)")
+    out: str = setting(None, "output folder (none: a fresh runs/NNNN)")
+    chat_template: str = setting(None, "replace the tokenizer's chat template (paper, Appendix B)", ["chatml", "vicuna"])
+    random_init: bool = setting(False, "start from random weights: --model needs only a config.json and a tokenizer")
+    max_len: int = setting(2048, "longest prompt and response together, in tokens; a longer response loses its end")
+    max_prompt_len: int = setting(None, "longest prompt in tokens; a longer one loses its start (none: 7/8 of max_len)")
+    # the method
+    loss: str = setting("orpo", "what the policy learns from", ["orpo", "dpo", "sft"])
+    rejected: str = setting("ema", "who writes the rejected response: the EMA model (SAPO), the policy (on-policy), the "
+                            "policy of an iteration's start (SPIN), or the data's own column", ["ema", "policy", "iteration", "data"])
+    segment_len: int = setting(256, "N_seg, tokens of B; 0 rewrites the whole response")
+    num_rejected: int = setting(1, "rewrites of each chosen response")
+    buffer_size: int = setting(None, "pairs in the replay buffer, over all processes; 0 trains on what was just generated "
+                               "(none: 2000 with --rejected ema or policy, else 0)")
+    skip_identical: bool = setting(False, "leave pairs with B' = B out")
+    beta: float = setting(None, "DPO: pull towards the reference (none: 0.1)", several=True)
+    label_smoothing: float = setting(0.0, "DPO: assumed share of pairs that are the wrong way round")
+    lam: float = setting(0.05, "ORPO: weight of the odds ratio term")
+    nll_on: str = setting("response", "ORPO, SFT: tokens of the supervised term; 'prompt' adds the prompt", ["response", "prompt"])
+    ref: str = setting(None, "DPO: what the reference is refreshed with (none: ema where --rejected generates, else fixed)",
+                       ["fixed", "policy", "ema"])
+    ref_every: int = setting(108, "DPO: optimizer steps between refreshes of the reference")
+    ema_decay: float = setting(0.5, "alpha of Eq. 6")
+    ema_every: int = setting(2, "optimizer steps between refreshes of the EMA model")
+    iterations: int = setting(None, "SPIN: iterations, each with a fresh optimizer (none: 4 with --rejected iteration)")
+    # generation
+    temperature: float = setting(0.7, "sampling temperature; 0 is greedy")
+    top_k: int = setting(50, "sample among the k best tokens; 0: all")
+    top_p: float = setting(0.95, "sample among the best tokens that hold this much probability")
+    max_new_tokens: int = setting(256, "longest answer where the whole response is written, in training and evaluation")
+    segment_eos: str = setting("stop", "an end token in B' ends the response, or is forbidden there", ["stop", "forbid"])
+    # optimization
+    epochs: float = setting(4.0, "passes over the data (SPIN: in each iteration)")
+    steps: int = setting(None, "optimizer steps in all; overrides --epochs")
+    batch_size: int = setting(64, "pairs an optimizer step, over all processes")
+    micro_batch: int = setting(8, "pairs scored at a time in one process")
+    lr: float = setting(None, "learning rate (none: the paper's 5e-6 for orpo, 5e-7 for dpo, 2e-5 for sft)", several=True)
+    optimizer: str = setting("adamw", "optimizer", ["adamw", "rmsprop"])
+    schedule: str = setting("linear", "course of the learning rate after the warm-up", ["linear", "cosine", "inverse_sqrt", "constant"])
+    warmup: float = setting(0.1, "warm-up in steps, or as a share of all steps where below 1")
+    weight_decay: float = setting(0.0, "weight decay")
+    max_grad_norm: float = setting(1.0, "clip the gradient's norm to this; 0: do not")
+    seed: int = setting(0, "of everything random: order, segments, sampling, drawing, fresh weights")
+    # watching
+    eval_every: int = setting(0, "steps between evaluations besides those at the start and the end; 0: none between")
+    eval_rows: int = setting(500, "most held-out rows used")
+    print_every: int = setting(50, "steps between printed pairs; 0: never")
+    threads: int = setting(None, "CPU threads of each process (none: the cores, shared evenly)")
+
+
+def parse(argv: list[str]) -> Settings:
+    """Command line -> resolved settings. Without --model the demo's recipe applies first, as defaults.
+
+    Exits with status 2 and a usage line on a misspelled flag (argparse); raises UserError on what makes no sense.
+    """
+    parser = make_parser()
+    given = vars(parser.parse_args(argv))
+    defaults = {} if "model" in given else vars(parser.parse_args([f"@{DEMO}"]))
+    return resolve(Settings(**{**defaults, **given}), explicit=set(given))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="train.py", fromfile_prefix_chars="@", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        description="Self-Augmented Preference Optimization (arXiv 2405.20830). Without --model: the demo. "
+                    "@FILE reads flags from a file, see recipes/.")
+    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    for f in dataclasses.fields(Settings):
+        shown = "" if f.default is None else f" (default {f.default})"
+        extra = {"help": f.metadata["comment"] + shown}
+        if f.type is bool:
+            extra["action"] = argparse.BooleanOptionalAction
+        else:
+            extra |= {"type": f.type, "choices": f.metadata["choices"], "metavar": None if f.metadata["choices"] else f.type.__name__.upper()}
+            if f.metadata["several"]:
+                extra["nargs"] = "+"
+        parser.add_argument(f"--{f.name}", **extra)
+    return parser
+
+
+def resolve(s: Settings, explicit: set[str]) -> Settings:
+    """Work out what depends on other settings, and refuse what makes no sense. explicit: what the user asked for."""
+    def refuse(flag, when, why):
+        if flag in explicit and getattr(s, flag) not in (None, 0, 1) and when:
+            raise UserError(f"--{flag} {getattr(s, flag)} makes no sense with {why}")
+
+    generates = s.loss != "sft" and s.rejected != "data"
+    refuse("rejected", s.loss == "sft" and s.rejected != "data", "--loss sft, which trains on chosen responses alone")
+    refuse("buffer_size", s.loss == "sft", "--loss sft, which has no pairs to store")
+    refuse("buffer_size", s.rejected == "data", "--rejected data: the pairs are all there from the start")
+    refuse("buffer_size", s.rejected == "iteration", "--rejected iteration (SPIN), which answers every prompt once an iteration")
+    refuse("num_rejected", not generates, "--loss sft or --rejected data, which generate nothing")
+    refuse("iterations", s.rejected != "iteration", "anything but --rejected iteration (SPIN)")
+    refuse("ref", s.loss != "dpo", f"--loss {s.loss}, which needs no reference model")
+    refuse("ref", s.rejected == "iteration", "--rejected iteration (SPIN): the reference is the policy of the iteration's start")
+
+    if s.rejected == "iteration" and "segment_len" not in explicit:
+        s.segment_len = 0           # SPIN writes whole responses
+    s.iterations = (s.iterations or 4) if s.rejected == "iteration" else 1
+    if not generates or s.rejected == "iteration":
+        s.buffer_size = 0
+    elif s.buffer_size is None:
+        s.buffer_size = 2000
+    if s.loss != "dpo" or s.rejected == "iteration":
+        s.ref = None
+    elif s.ref is None:
+        s.ref = "ema" if generates else "fixed"
+    if s.max_prompt_len is None:
+        s.max_prompt_len = s.max_len * 7 // 8
+    for name, default in (("lr", {"orpo": 5e-6, "dpo": 5e-7, "sft": 2e-5}[s.loss]), ("beta", 0.1)):
+        value = getattr(s, name)
+        value = [default] if value is None else value if isinstance(value, list) else [value]
+        if len(value) not in (1, s.iterations):
+            raise UserError(f"--{name} takes one value, or one for each of the {s.iterations} iterations, not {len(value)}")
+        setattr(s, name, value * s.iterations if len(value) == 1 else value)
+    check_ranges(s)
+    return s
+
+
+def check_ranges(s: Settings) -> None:
+    """Refuse values outside what each setting can be."""
+    for name in ("max_len", "max_prompt_len", "num_rejected", "ref_every", "ema_every", "iterations", "max_new_tokens",
+                 "batch_size", "micro_batch"):
+        if getattr(s, name) < 1:
+            raise UserError(f"--{name} must be at least 1, not {getattr(s, name)}")
+    for name in ("segment_len", "buffer_size", "lam", "temperature", "top_k", "warmup", "weight_decay", "max_grad_norm",
+                 "eval_every", "eval_rows", "print_every", "seed"):
+        if getattr(s, name) < 0:
+            raise UserError(f"--{name} must not be negative, not {getattr(s, name)}")
+    for name in ("ema_decay", "label_smoothing", "top_p"):
+        if not 0 <= getattr(s, name) <= 1:
+            raise UserError(f"--{name} must lie between 0 and 1, not {getattr(s, name)}")
+    for name in ("steps", "threads"):
+        if getattr(s, name) is not None and getattr(s, name) < 1:
+            raise UserError(f"--{name} must be at least 1, not {getattr(s, name)}")
+    if s.epochs <= 0 or min(s.lr) <= 0 or min(s.beta) <= 0:
+        raise UserError("--epochs, --lr and --beta must be above 0")
+    if s.steps is not None and s.steps < s.iterations:
+        raise UserError(f"--steps {s.steps} is less than one step for each of the {s.iterations} iterations")
+    if s.max_prompt_len >= s.max_len:
+        raise UserError(f"--max_prompt_len {s.max_prompt_len} leaves no room for a response in --max_len {s.max_len}")
+    if 0 < s.buffer_size < s.batch_size:
+        raise UserError(f"--buffer_size {s.buffer_size} is smaller than --batch_size {s.batch_size}: a batch could never be drawn")
+    if s.data is None:
+        raise UserError("--data is missing: name a .jsonl or .json file, or a folder of them")
+
+
+def located(path: str) -> Path:
+    """A path as given, or, where there is nothing, the same path beside train.py: recipes work from any folder."""
+    here, there = Path(path), REPOSITORY / path
+    return there if not here.exists() and there.exists() else here

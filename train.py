@@ -1,0 +1,256 @@
+"""Train a language model with SAPO (Self-Augmented Preference Optimization, arXiv 2405.20830).
+
+    torchrun train.py                                               the demo: a small model on embedded data, CPU, minutes
+    torchrun train.py --model DIR --data FILE.jsonl                 your model, your prompts and chosen responses
+    torchrun --nproc_per_node 8 train.py @recipes/FILE.txt          eight processes, settings from a file
+    python train.py --help                                          every setting
+
+This file is Algorithm 1 of the paper and the set-up it needs; the line numbers in `train` are the algorithm's. It
+departs from the paper's text in two places: line 9 gives the EMA model x and A (giving it B too would show it what it
+is to rewrite), and line 17 happens every --ema_every optimizer steps, as the paper's Section 5.1 says. The baselines
+(ORPO, DPO, SFT, SPIN, on-policy) are settings of the same loop.
+"""
+import contextlib
+import copy
+import dataclasses
+import math
+import sys
+
+import numpy as np
+import torch
+from torch import nn
+
+from buffer import ReplayBuffer
+from ema import EMA
+from losses import dpo_loss, orpo_loss
+from sapo import Example, Pair, make_pairs, pair_logps
+from support.checkpoint import end_token_ids, load_model, new_run_folder, save_model
+from support.evaluate import Evaluation, batches, column_pair
+from support.parallel import World
+from support.report import Clock, Report, buffer_statistics, header, pair_statistics, peak_memory_mib, summary_table, write_json
+from support.rows import Tokenize, load_data
+from support.settings import Settings, UserError, parse
+
+
+class Scorer(nn.Module):
+    """Scores pairs with the policy. A module of its own, because DDP synchronises gradients only of what it wraps."""
+
+    def __init__(self, policy: nn.Module):
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, pairs: list[Pair], **how):
+        return pair_logps(self.policy, pairs, **how)
+
+
+def pair_losses(s: Settings, logps, reference_logps, beta: float):
+    """Losses and rewards of scored pairs, (B,) each. logps: what pair_logps gave for the policy (and the reference)."""
+    chosen_logps, rejected_logps, chosen_nll = logps
+    if s.loss == "sft":
+        return chosen_nll, chosen_logps.detach(), rejected_logps.detach()
+    if s.loss == "orpo":
+        return orpo_loss(chosen_logps, rejected_logps, chosen_nll, s.lam)
+    return dpo_loss(chosen_logps, rejected_logps, *reference_logps[:2], beta, s.label_smoothing)
+
+
+def learn(s: Settings, world: World, scorer, reference, optimizer, pairs: list[Pair], beta: float) -> dict[str, float]:
+    """Algorithm 1 line 15: gradients of the mean loss over all processes' pairs. Returns the means of what was seen."""
+    how = {"average": s.loss != "dpo", "skip_shared": s.loss == "dpo", "nll_on": s.nll_on}
+    total, = world.sum([len(pairs)])
+    names = ("loss", "chosen_rewards", "rejected_rewards", "reward_accuracy", "chosen_logps", "rejected_logps", "nll")
+    sums = torch.zeros(len(names), dtype=torch.float64)
+    optimizer.zero_grad(set_to_none=True)
+    micro = batches(sorted(pairs, key=pair_length), s.micro_batch)      # alike lengths together: less padding
+    for i, chunk in enumerate(micro):
+        last = i + 1 == len(micro) or world.size == 1
+        with contextlib.nullcontext() if last else scorer.no_sync():
+            logps = scorer(chunk, **how)
+            with torch.no_grad():
+                reference_logps = reference and pair_logps(reference, chunk, **how)
+            losses, chosen_rewards, rejected_rewards = pair_losses(s, logps, reference_logps, beta)
+            # DDP averages over processes; the mean is over pairs.
+            (losses.sum() * world.size / total).backward()
+        accuracy = (chosen_rewards > rejected_rewards).float()
+        seen = torch.stack([x.detach().double().sum() for x in (losses, chosen_rewards, rejected_rewards, accuracy, *logps)])
+        sums += seen.cpu()
+    return dict(zip(names, (x / total for x in world.sum(sums.tolist()))))
+
+
+def pair_length(pair: Pair) -> int:
+    return len(pair.prompt) + len(pair.chosen)
+
+
+def learning_rate(s: Settings, step: int, steps: int, peak: float) -> float:
+    """Learning rate of optimizer step 1..steps: linear warm-up to the peak, then the schedule."""
+    warmup = s.warmup * steps if s.warmup < 1 else s.warmup
+    if step <= warmup:
+        return peak * step / warmup
+    if s.schedule == "constant":
+        return peak
+    if s.schedule == "inverse_sqrt":
+        return peak * math.sqrt(max(1, warmup) / step)
+    done = (step - warmup) / max(1, steps - warmup + 1)
+    return peak * ((1 + math.cos(math.pi * done)) / 2 if s.schedule == "cosine" else 1 - done)
+
+
+def make_optimizer(s: Settings, policy: nn.Module):
+    """AdamW or RMSprop; weight decay on matrices only."""
+    matrices = [p for p in policy.parameters() if p.requires_grad and p.ndim >= 2]
+    others = [p for p in policy.parameters() if p.requires_grad and p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    if s.optimizer == "rmsprop":
+        return torch.optim.RMSprop(groups, lr=s.lr[0])
+    return torch.optim.AdamW(groups, lr=s.lr[0], fused=True)
+
+
+def rows_of_step(s: Settings, rows: list, step: int, world: World) -> list:
+    """Algorithm 1 line 6: this process's share of the step's mini-batch; each epoch is a fresh permutation of the data.
+
+    Depends on the seed and the step alone, so a resumed run and one on more processes see the same batches.
+    """
+    first = (step - 1) * s.batch_size
+    places = range(first + world.rank, first + s.batch_size, world.size)
+    orders = {epoch: np.random.default_rng([s.seed, epoch]).permutation(len(rows))
+              for epoch in {place // len(rows) for place in places}}
+    return [rows[orders[place // len(rows)][place % len(rows)]] for place in places]
+
+
+class Writer:
+    """Algorithm 1 lines 7 to 10: makes the pairs of a step, as --rejected says.
+
+    ema, policy: `model` rewrites segments as training goes on. iteration (SPIN): it does so once for all rows at the
+    start of an iteration. data: the rejected response is the row's own. With --loss sft there is none.
+    """
+
+    def __init__(self, s: Settings, world: World, model, ends: list[int]):
+        self.s, self.world, self.model, self.ends, self.cache = s, world, model, ends, {}
+
+    def start_iteration(self, rows: list) -> None:
+        """SPIN: answer every prompt with the model as it is now; each process takes its share, all get all."""
+        mine = sorted(rows[self.world.rank::self.world.size], key=lambda row: len(row.prompt))
+        pairs = [pair for i, batch in enumerate(batches(mine, 64)) for pair in self._generate(batch, -1 - i)]
+        self.cache = {}
+        for pair in (pair for part in self.world.gather([tuple(p) for p in pairs]) for pair in part):
+            self.cache.setdefault(pair[4], []).append(Pair(*pair))
+
+    def __call__(self, rows: list, step: int) -> list[Pair]:
+        if self.s.loss == "sft":
+            return [Pair(row.prompt, row.chosen, row.chosen, len(row.chosen), row.number, step) for row in rows]
+        if self.s.rejected == "data":
+            return [column_pair(row)._replace(step=step) for row in rows]
+        if self.s.rejected == "iteration":
+            return [pair._replace(step=step) for row in rows for pair in self.cache[row.number]]
+        return self._generate(rows, step)
+
+    def _generate(self, rows: list, step: int) -> list[Pair]:
+        s = self.s
+        # Seeds come from (seed, rank, step), so that no random state has to be kept; SPIN's batches count below zero.
+        rng = np.random.default_rng([s.seed, self.world.rank, step % 2 ** 32])
+        generator = torch.Generator(self.world.device).manual_seed(int(rng.integers(2 ** 63)))
+        return make_pairs(self.model, [Example(row.prompt, row.chosen, row.number) for row in rows], s.segment_len, rng,
+                          eos_token_id=self.ends, num_rejected=s.num_rejected, max_new_tokens=s.max_new_tokens,
+                          segment_eos=s.segment_eos, step=step, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p,
+                          generator=generator)
+
+
+def train(s: Settings) -> None:
+    """One run: set up, evaluate, Algorithm 1, evaluate, save."""
+    world = World(s.threads)
+    if s.batch_size % world.size or s.buffer_size % world.size:
+        raise UserError(f"--batch_size {s.batch_size} and --buffer_size {s.buffer_size} must divide evenly among {world.size} processes")
+    torch.manual_seed(s.seed)
+    policy, tokenizer = load_model(s, world.device)
+    rows, held = load_data(s, tokenizer)
+    by_number = {row.number: row for row in rows}
+    ends = end_token_ids(policy, tokenizer, Tokenize(tokenizer, s.max_prompt_len, s.max_len).turn_end)
+    steps = s.steps or math.ceil(s.epochs * s.iterations * len(rows) / s.batch_size)
+    starts = {i * steps // s.iterations + 1: i for i in range(s.iterations)}        # first step of each iteration (SPIN)
+
+    # Algorithm 1 line 1: the policy. Lines 2 and 3: the buffer and the EMA model. DPO needs a reference besides.
+    scorer = world.wrap(Scorer(policy))
+    buffer = ReplayBuffer(s.buffer_size // world.size, seed=[s.seed, world.rank]) if s.buffer_size else None
+    ema = EMA(policy, s.ema_decay, s.ema_every) if s.rejected == "ema" and s.loss != "sft" or s.ref == "ema" else None
+    frozen = copy.deepcopy(policy).requires_grad_(False) if s.ref or s.rejected == "iteration" else None
+    reference = frozen if s.loss == "dpo" else None
+    author = {"ema": ema and ema.model, "policy": policy, "iteration": frozen, "data": None}[s.rejected]
+    write = Writer(s, world, author, ends)
+    optimizer = make_optimizer(s, policy)
+
+    folder, = [f for f in world.gather(new_run_folder(s.out) if world.is_main else None) if f]
+    report = Report(s, world, folder, steps)
+    report.say(header(s, world, policy, rows, held, steps, folder))
+    if world.is_main:
+        write_json(folder / "settings.json", dataclasses.asdict(s))
+    evaluate = Evaluation(s, world, tokenizer, ends, held, policy)
+    before = evaluate(policy)
+    start_logps = before.get("chosen_logps")
+
+    for step in range(1, steps + 1):                                                    # line 4
+        if step in starts:
+            iteration = starts[step]
+            if s.rejected == "iteration":
+                frozen.load_state_dict(policy.state_dict())
+                write.start_iteration(rows)
+                optimizer = make_optimizer(s, policy)
+            first, last = step, min([n for n in starts if n > step], default=steps + 1) - 1
+        clock = Clock(world.device)
+
+        # Sampling stage
+        new = write(rows_of_step(s, rows, step, world), step)                           # lines 6 to 10
+        kept = [pair for pair in new if pair.chosen != pair.rejected] if s.skip_identical else new
+        if buffer is not None:
+            for pair in kept or new[:0 if len(buffer) else 1]:
+                buffer.add(pair)                                                        # line 11
+        clock.lap("generate")
+
+        # Training stage
+        pairs = kept or new[:1]
+        if buffer is not None:
+            pairs = buffer.sample(min(s.batch_size // world.size, len(buffer)))         # line 14
+        means = learn(s, world, scorer, reference, optimizer, pairs, s.beta[iteration])     # line 15
+        clock.lap("score")
+        lr = learning_rate(s, step - first + 1, last - first + 1, s.lr[iteration])
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), s.max_grad_norm or math.inf)
+        optimizer.step()                                                                # line 16
+        if ema:
+            ema.update(policy)                                                          # line 17
+        if s.ref in ("policy", "ema") and step % s.ref_every == 0:                      # Table 4
+            reference.load_state_dict((ema.model if s.ref == "ema" else policy).state_dict())
+        clock.lap("update")
+
+        record = {"step": step, "epoch": step * s.batch_size / len(rows), **means, "lr": lr, "grad_norm": float(grad_norm)}
+        record["margin"] = means["chosen_rewards"] - means["rejected_rewards"]
+        if write.model:
+            record |= world.means(pair_statistics(new, by_number, tokenizer, ends, s.segment_len))
+        if buffer is not None:
+            record |= world.means(buffer_statistics(buffer, pairs, step)) | {"buffer_size": world.sum([len(buffer)])[0]}
+        record |= clock.laps | {"seconds": sum(clock.laps.values()), "peak_memory_mib": peak_memory_mib(world.device)}
+        if s.eval_every and step % s.eval_every == 0 and step < steps:
+            now = evaluate(policy)
+            record |= {f"eval_{name}": value for name, value in now.items()}
+            report.say(f"step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in now.items()))
+        report.step(record)
+        if s.print_every and (step - 1) % s.print_every == 0 and write.model:
+            report.pair(new[0], tokenizer, ends, s.segment_len)
+
+    report.close()
+    after = evaluate(policy)
+    if world.is_main:
+        save_model(policy, tokenizer, ends, folder / "final")
+        write_json(folder / "summary.json", {"before": before, "after": after})
+    report.say(summary_table(before, after))
+    world.close()
+
+
+def main() -> None:
+    try:
+        train(parse(sys.argv[1:]))
+    except UserError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
