@@ -11,7 +11,8 @@ import numpy as np
 class ReplayBuffer:
     """A FIFO queue of training pairs with a use counter each (paper, Section 3; Algorithm 1 lines 2, 11 and 14).
 
-    capacity: most items kept; adding one more drops the oldest. seed: of the drawing.
+    capacity: most items kept; adding one more drops the oldest. seed: of the drawing, whatever numpy's
+    default_rng takes.
     An item drawn c times so far has weight 1 / (1 + c), so old and new pairs end up used about evenly.
     Items are anything; where they are tuples (named ones too), a checkpoint holds them as plain tuples.
     Raises ValueError for a capacity below 1.
@@ -20,7 +21,7 @@ class ReplayBuffer:
         counts [0, 3]  ->  the first is drawn with probability 1 / (1 + 1/4) = 0.8
     """
 
-    def __init__(self, capacity: int, seed: int = 0):
+    def __init__(self, capacity: int, seed: int | list[int] = 0):
         if capacity < 1:
             raise ValueError(f"capacity must be at least 1, not {capacity}")
         self.capacity = capacity
@@ -64,9 +65,10 @@ class ReplayBuffer:
         if not 0 <= k <= len(self):
             raise ValueError(f"cannot draw {k} of {len(self)} items")
         # The k smallest of Exp(1) / weight are a weighted draw without replacement (Efraimidis and Spirakis 2006).
-        keys = self.rng.standard_exponential(len(self)) * (1 + self._counts[:len(self)])
+        # Oldest first, not by place in the ring: a restored buffer has turned its ring and must draw the same.
+        keys = self.rng.standard_exponential(len(self)) * (1 + np.roll(self._counts[:len(self)], -self._oldest))
         drawn = np.argpartition(keys, k - 1)[:k] if k else np.zeros(0, dtype=np.int64)
-        drawn = drawn[np.argsort(keys[drawn])]
+        drawn = (drawn[np.argsort(keys[drawn])] + self._oldest) % len(self) if k else drawn
         self.drawn_counts = self._counts[drawn]
         self._counts[drawn] += 1
         return [self._items[i] for i in drawn]

@@ -42,10 +42,13 @@ def dpo_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, referen
 
     All arguments (B,), summed log-probabilities. beta: strength of the pull towards the reference.
     label_smoothing: assumed probability that a pair is the wrong way round (conservative DPO); 0 is Eq. 1.
-    Returns (losses, chosen_rewards, rejected_rewards), (B,) each; the rewards, beta * (policy - reference), are detached.
+    Returns (losses, chosen_rewards, rejected_rewards), (B,) each, in at least fp32; the rewards, beta * (policy -
+    reference), are detached.
 
         every logp equal  ->  losses = log 2 = 0.6931, rewards = 0
     """
+    policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps = (at_least_fp32(x) for x in (
+        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps))
     pi_logratios = policy_chosen_logps - policy_rejected_logps
     ref_logratios = reference_chosen_logps - reference_rejected_logps
     logits = beta * (pi_logratios - ref_logratios)

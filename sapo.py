@@ -9,6 +9,7 @@
 Everything is token ids: nothing is ever decoded and tokenized again. B is the number of prefixes or pairs, T a padded
 length, D the hidden size, V the vocabulary. Needs torch, transformers and losses.py.
 """
+import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -76,13 +77,14 @@ def splice(response: Sequence[int], start: int, stop: int, segment: Sequence[int
 
 
 def make_pairs(model, examples: Sequence[Example], segment_len: int, rng: np.random.Generator, *,
-               eos_token_id: int | Sequence[int] | None, num_rejected: int = 1, max_new_tokens: int = 256,
+               eos_token_id: int | Sequence[int] | None, num_rejected: int = 1, max_new_tokens: int | Sequence[int] = 256,
                segment_eos: str = "stop", step: int = 0, temperature: float = 0.7, top_k: int = 50,
                top_p: float = 0.95, generator: torch.Generator | None = None) -> list[Pair]:
     """Algorithm 1 lines 7 to 10: rewrite a random segment of each chosen response with `model` (the EMA model).
 
     examples: (prompt, chosen[, row]) tuples of token ids, such as Example. segment_len: N_seg; 0 rewrites the whole
-    response, until an end token or max_new_tokens (SPIN, "no segment"). rng draws the segments, generator the tokens.
+    response, until an end token or max_new_tokens (one number or one an example; SPIN, "no segment"). rng draws the
+    segments, generator the tokens.
     num_rejected: rewrites of each example, all of the same segment, so that the prompt is read once for all of them.
     segment_eos: "stop" ends y- at an end token in B'; "forbid" bans end tokens in B' wherever a C follows.
     Returns num_rejected pairs an example, in the order of the examples. Raises ValueError on an empty response.
@@ -92,7 +94,7 @@ def make_pairs(model, examples: Sequence[Example], segment_len: int, rng: np.ran
     spans = [choose_segment(len(e[1]), segment_len or len(e[1]), rng) for e in examples]
     segments = generate_segments(
         model, [[*e[0], *e[1][:start]] for e, (start, _) in zip(examples, spans)],
-        [stop - start if segment_len else max_new_tokens for start, stop in spans], eos_token_id=eos_token_id,
+        [stop - start for start, stop in spans] if segment_len else max_new_tokens, eos_token_id=eos_token_id,
         temperature=temperature, top_k=top_k, top_p=top_p, num_return=num_rejected, generator=generator,
         forbid_eos=[segment_eos == "forbid" and stop < len(e[1]) for e, (_, stop) in zip(examples, spans)])
     return [Pair(e[0], e[1], splice(e[1], start, stop, segment, eos_token_id), start, *e[2:3] or (-1,), step)
@@ -101,9 +103,7 @@ def make_pairs(model, examples: Sequence[Example], segment_len: int, rng: np.ran
 
 def end_tokens(eos_token_id: int | Sequence[int] | None) -> list[int]:
     """An end token, a list of them or None, as a list."""
-    if eos_token_id is None:
-        return []
-    return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    return [] if eos_token_id is None else np.atleast_1d(eos_token_id).tolist()
 
 
 # ------------------------------------------------------------------------------------------------------ generation
@@ -160,63 +160,68 @@ def generate_segments(model, prefixes: Sequence[Sequence[int]], max_new_tokens: 
     forbid_eos: one bool or one a prefix: end tokens are never produced there.
     Returns, for each prefix, num_return token lists. Raises ValueError on an empty prefix or lengths that do not match.
     """
-    count = len(prefixes)
-    limits = [max_new_tokens] * count if isinstance(max_new_tokens, int) else list(max_new_tokens)
-    forbid = [forbid_eos] * count if isinstance(forbid_eos, bool) else list(forbid_eos)
-    if not len(limits) == len(forbid) == count:
-        raise ValueError(f"{count} prefixes, but {len(limits)} max_new_tokens and {len(forbid)} forbid_eos")
+    limits, forbid = one_each(max_new_tokens, prefixes, "max_new_tokens"), one_each(forbid_eos, prefixes, "forbid_eos")
     if not all(len(prefix) for prefix in prefixes):
         raise ValueError("a prefix needs at least one token")
-    if not count or not max(limits):
+    if not len(prefixes) or not max(limits):
         return [[[] for _ in range(num_return)] for _ in prefixes]
+    check_generation(model)
+    with eval_mode(model):
+        lists = _generate(model, prefixes, limits, forbid, end_tokens(eos_token_id), num_return,
+                          lambda logits: sample_tokens(logits, temperature, top_k, top_p, generator))
+    return [lists[i * num_return:(i + 1) * num_return] for i in range(len(prefixes))]
 
+
+def _generate(model, prefixes, limits, forbid, ends, num_return, choose) -> list[list[int]]:
+    """generate_segments without its checks; choose: logits (B, V) -> tokens (B,). Returns len(prefixes) * num_return lists."""
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    ends = torch.tensor(end_tokens(eos_token_id), dtype=torch.long, device=device)
-    position = torch.tensor([len(prefix) - 1 for prefix in prefixes], device=device)
-    ids = torch.tensor(pad(prefixes), device=device)                                            # (B, T)
-    cache = KVCache(capacity=ids.shape[1] + max(limits))
+    ends = torch.tensor(ends, dtype=torch.long, device=device)
+    ids = torch.tensor(pad(prefixes), device=device)                                            # (prefixes, T)
+    longest = ids.shape[1]
+    cache = KVCache(capacity=longest + max(limits))
     # Prefill: every prefix but its last token, which is the first one decoded. Padding is on the right and each row's
     # own tokens look back only, so it changes nothing.
-    if ids.shape[1] > 1:
-        block = ids[:, :-1]
-        cache.length = block.shape[1]
+    if longest > 1:
+        cache.length = longest - 1
         columns = torch.arange(cache.length, device=device)[None]
-        model.base_model(input_ids=block, position_ids=columns.expand_as(block), past_key_values=cache, use_cache=True,
+        model.base_model(input_ids=ids[:, :-1], position_ids=columns.expand(len(ids), -1), past_key_values=cache, use_cache=True,
                          attention_mask=attention_mask(model, columns[:, :, None] >= columns[:, None], columns, columns))
-    rows = torch.arange(count, device=device).repeat_interleave(num_return)
-    cache.keep_rows(rows)
-    token, position = ids[rows, position[rows]], position[rows]                                 # (B * num_return,)
-    limit, forbid = torch.tensor(limits, device=device)[rows], torch.tensor(forbid, device=device)[rows]
-    rows = torch.arange(len(rows), device=device)       # from here on: which output each running row belongs to
-    out = torch.full((len(rows), max(limits)), -1, device=device)
-    longest = ids.shape[1]
+
+    source = torch.arange(len(ids), device=device).repeat_interleave(num_return)               # prefix of each row, (B,)
+    cache.keep_rows(source)
+    position = torch.tensor([len(prefix) - 1 for prefix in prefixes], device=device)[source]
+    limit, forbid = torch.tensor(limits, device=device)[source], torch.tensor(forbid, device=device)[source]
+    token = ids[source, position]
+    rows = torch.arange(len(source), device=device)         # which list each row still running writes to
+    out = torch.full((len(source), max(limits)), -1, device=device)
     for step in range(max(limits)):
         cache.position, cache.length = position, longest + step
         columns = torch.arange(cache.length, device=device)[None]
         mask = attention_mask(model, (columns <= position[:, None])[:, None], position[:, None], columns)
         logits = model(input_ids=token[:, None], position_ids=position[:, None], attention_mask=mask,
                        past_key_values=cache, use_cache=True).logits[:, -1].float()             # (B, V)
-        if len(ends):
-            logits[:, ends] = logits[:, ends].masked_fill(forbid[:, None], -torch.inf)
-        token = sample_tokens(logits, temperature, top_k, top_p, generator)
+        logits[:, ends] = logits[:, ends].masked_fill(forbid[:, None], -torch.inf)
+        token = choose(logits)
         running = step < limit
         out[rows[running], step] = token[running]
-        running &= (step + 1 < limit) & ~torch.isin(token, ends)
+        limit = limit.masked_fill(torch.isin(token, ends), 0)
         position = position + 1
-        # A finished row costs as much as a running one, leaving it out costs a copy of the cache: wait for a quarter.
-        left = int(running.sum())
-        if left == 0:
+        # A finished row costs as much as a running one; leaving it out costs a copy of the cache. So wait for a quarter.
+        keep = (step + 1 < limit).nonzero()[:, 0]
+        if len(keep) == 0:
             break
-        limit = torch.where(running, limit, 0)
-        if left <= 0.75 * len(rows):
-            keep = running.nonzero()[:, 0]
+        if len(keep) <= 0.75 * len(rows):
             cache.keep_rows(keep)
             rows, token, position, limit, forbid = (x[keep] for x in (rows, token, position, limit, forbid))
-    model.train(was_training)
-    lists = [[t for t in row if t >= 0] for row in out.tolist()]
-    return [lists[i * num_return:(i + 1) * num_return] for i in range(count)]
+    return [[t for t in row if t >= 0] for row in out.tolist()]
+
+
+def one_each(value, prefixes, name: str) -> list:
+    """One value for all prefixes, or a sequence of one a prefix, as a list."""
+    values = np.broadcast_to(value, len(prefixes)).tolist() if np.ndim(value) == 0 else list(value)
+    if len(values) != len(prefixes):
+        raise ValueError(f"{len(prefixes)} prefixes, but {len(values)} {name}")
+    return values
 
 
 def sample_tokens(logits: Tensor, temperature: float, top_k: int, top_p: float,
@@ -368,39 +373,75 @@ def head_logps(head, hidden: Tensor, labels: Tensor) -> Tensor:
                       for h, y in zip(hidden.split(size), labels.split(size))])
 
 
-@torch.no_grad()
-def probe(model) -> tuple[bool, bool]:
-    """Which shortcuts are exact for this model: (shared prefix, head applied apart). Found out once, kept on the model.
+# ------------------------------------------------------------------- what a model can do, found out once, not by name
 
-    Not by name: two small pairs are scored the plain way, whole sequences through the model's own logits, and with the
-    shortcuts, and the numbers compared. Some models ignore a 4-D mask or position ids, some scale or cap their logits.
-    A sliding window is made small meanwhile, so that the pairs are longer than it.
-    """
-    if hasattr(model, "_sapo_exact"):
-        return model._sapo_exact
-    config, was_training = model.config.get_text_config(), model.training
-    window = getattr(config, "sliding_window", None)
-    token = np.random.default_rng(0).integers(0, config.vocab_size, 40).tolist()
-    pairs = [Pair(token[:9], token[9:25], token[9:13] + token[25:35], 4), Pair(token[:5], token[5:9], token[35:40], 0)]
+@contextlib.contextmanager
+def eval_mode(model):
+    """No dropout inside; every module's own mode put back after."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    if window:
-        config.sliding_window = 4
     try:
-        with torch.autocast(next(model.parameters()).device.type, enabled=False):
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
+def trial(model):
+    """For trying a model out: eval mode, no gradient, full precision, and a window small enough for a short trial to cross."""
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    try:
+        if window:
+            config.sliding_window = 4
+        with eval_mode(model), torch.no_grad(), torch.autocast(next(model.parameters()).device.type, enabled=False):
+            yield np.random.default_rng(0).integers(0, config.vocab_size, 40).tolist()
+    finally:
+        if window:
+            config.sliding_window = window
+
+
+def check_generation(model) -> None:
+    """Does decoding with KVCache give what the model gives without a cache? Tried on first use, kept on the model.
+
+    Raises ValueError for a model whose attention can't work with this cache, or has none (Mamba).
+    """
+    if not hasattr(model, "_sapo_generates"):
+        with trial(model) as token:
+            prefixes = [token[:9], token[9:23]]
+            try:
+                answers = _generate(model, prefixes, [6, 6], [False, False], [], 1, lambda logits: logits.argmax(-1))
+                for prefix, answer in zip(prefixes, answers):
+                    logits = model(torch.tensor([prefix + answer[:-1]], device=model.device)).logits[0, len(prefix) - 1:].float()
+                    best = logits.max(-1).values
+                    chosen = logits[range(len(answer)), answer]
+                    if not torch.allclose(best, chosen, rtol=1e-2, atol=1e-2):
+                        raise ValueError("its tokens differ from those it gives without a cache")
+            except Exception as error:          # whatever a model raises at a cache it does not know
+                raise ValueError(f"{type(model).__name__} can't generate with KVCache: {error}") from error
+        model._sapo_generates = True
+
+
+def probe(model) -> tuple[bool, bool]:
+    """Which shortcuts of scoring are exact for this model: (shared prefix, head applied apart). Kept on the model.
+
+    Two small pairs are scored the plain way, whole sequences through the model's own logits, and with the shortcuts, and
+    the numbers compared. Some models ignore a 4-D mask or position ids, some scale or cap their logits.
+    """
+    if not hasattr(model, "_sapo_exact"):
+        with trial(model) as token:
+            pairs = [Pair(token[:9], token[9:25], token[9:13] + token[25:35], 4), Pair(token[:5], token[5:9], token[35:40], 0)]
             expected = torch.stack(_score(model, pairs, False, range(4), False, False))
-            tolerance = 1e-4 if expected.dtype == next(model.parameters()).dtype else 2e-2
+            tolerance = 1e-4 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 2e-2
             for share_prefix, split_head in ((True, True), (True, False), (False, True), (False, False)):
                 try:
                     found = torch.stack(_score(model, pairs, False, range(4), share_prefix, split_head))
-                except Exception:           # whatever a model raises at input it does not know, it can't share
+                except Exception:               # whatever a model raises at input it does not know, it can't share
                     continue
                 if torch.allclose(found, expected, rtol=tolerance, atol=tolerance):
                     break
-    finally:
-        model.train(was_training)
-        if window:
-            config.sliding_window = window
-    if not share_prefix:
-        print(f"{type(model).__name__}: sharing the prefix of a pair is not exact for this model; pairs are concatenated")
-    model._sapo_exact = (share_prefix, split_head)
+        if not share_prefix:
+            print(f"{type(model).__name__}: sharing the prefix of a pair is not exact for this model; pairs are concatenated")
+        model._sapo_exact = (share_prefix, split_head)
     return model._sapo_exact

@@ -12,8 +12,8 @@ is to rewrite), and line 17 happens every --ema_every optimizer steps, as the pa
 """
 import contextlib
 import copy
-import dataclasses
 import math
+import os
 import sys
 
 import numpy as np
@@ -23,13 +23,15 @@ from torch import nn
 from buffer import ReplayBuffer
 from ema import EMA
 from losses import dpo_loss, orpo_loss
-from sapo import Example, Pair, make_pairs, pair_logps
-from support.checkpoint import end_token_ids, load_model, new_run_folder, save_model
-from support.evaluate import Evaluation, batches, column_pair
+from sapo import Pair, check_generation, pair_logps, probe
+from support.checkpoint import check_ids, end_token_ids, load_model, new_run_folder, save_model
+from support.evaluate import Evaluation, batches, column_pair, write_pairs
 from support.parallel import World
-from support.report import Clock, Report, buffer_statistics, header, pair_statistics, peak_memory_mib, summary_table, write_json
+from support.report import Clock, Report, buffer_statistics, header, pair_statistics, peak_memory_mib
 from support.rows import Tokenize, load_data
 from support.settings import Settings, UserError, parse
+
+ORDER, REWRITE, ANSWER, DRAW = 1, 2, 3, 4       # random streams, so that no two uses of one seed share their numbers
 
 
 class Scorer(nn.Module):
@@ -47,37 +49,41 @@ def pair_losses(s: Settings, logps, reference_logps, beta: float):
     """Losses and rewards of scored pairs, (B,) each. logps: what pair_logps gave for the policy (and the reference)."""
     chosen_logps, rejected_logps, chosen_nll = logps
     if s.loss == "sft":
-        return chosen_nll, chosen_logps.detach(), rejected_logps.detach()
+        return chosen_nll, chosen_logps.detach(), chosen_logps.detach()
     if s.loss == "orpo":
         return orpo_loss(chosen_logps, rejected_logps, chosen_nll, s.lam)
     return dpo_loss(chosen_logps, rejected_logps, *reference_logps[:2], beta, s.label_smoothing)
 
 
-def learn(s: Settings, world: World, scorer, reference, optimizer, pairs: list[Pair], beta: float) -> dict[str, float]:
+def learn(s: Settings, world: World, scorer, reference, pairs: list[Pair], beta: float) -> dict[str, float]:
     """Algorithm 1 line 15: gradients of the mean loss over all processes' pairs. Returns the means of what was seen."""
     how = {"average": s.loss != "dpo", "skip_shared": s.loss == "dpo", "nll_on": s.nll_on}
     total, = world.sum([len(pairs)])
-    names = ("loss", "chosen_rewards", "rejected_rewards", "reward_accuracy", "chosen_logps", "rejected_logps", "nll")
-    sums = torch.zeros(len(names), dtype=torch.float64)
-    optimizer.zero_grad(set_to_none=True)
+    names = ["loss", "nll", "chosen_logps"]
+    if s.loss != "sft":
+        names += ["rejected_logps", "chosen_rewards", "rejected_rewards", "margin"]
+    sums, preferred, different = torch.zeros(len(names), dtype=torch.float64), 0, 0
     micro = batches(sorted(pairs, key=pair_length), s.micro_batch)      # alike lengths together: less padding
     for i, chunk in enumerate(micro):
         last = i + 1 == len(micro) or world.size == 1
         with contextlib.nullcontext() if last else scorer.no_sync():
             logps = scorer(chunk, **how)
             with torch.no_grad():
-                reference_logps = reference and pair_logps(reference, chunk, **how)
+                reference_logps = pair_logps(reference, chunk, **how) if reference is not None else None
             losses, chosen_rewards, rejected_rewards = pair_losses(s, logps, reference_logps, beta)
             # DDP averages over processes; the mean is over pairs.
             (losses.sum() * world.size / total).backward()
-        accuracy = (chosen_rewards > rejected_rewards).float()
-        seen = torch.stack([x.detach().double().sum() for x in (losses, chosen_rewards, rejected_rewards, accuracy, *logps)])
-        sums += seen.cpu()
-    return dict(zip(names, (x / total for x in world.sum(sums.tolist()))))
+        margin = chosen_rewards - rejected_rewards
+        seen = (losses, logps[2], logps[0], logps[1], chosen_rewards, rejected_rewards, margin)
+        sums += torch.stack([x.detach().sum() for x in seen])[:len(names)].cpu()
+        unlike = [pair.chosen != pair.rejected for pair in chunk]       # the sign of an identical pair's margin is noise
+        preferred, different = preferred + int((margin.cpu() > 0)[unlike].sum()), different + sum(unlike)
+    tallies = {name: (value, len(pairs)) for name, value in zip(names, sums.tolist())}
+    return world.means(tallies | {"reward_accuracy": (preferred, different if s.loss != "sft" else 0)})
 
 
 def pair_length(pair: Pair) -> int:
-    return len(pair.prompt) + len(pair.chosen)
+    return len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
 
 
 def learning_rate(s: Settings, step: int, steps: int, peak: float) -> float:
@@ -110,7 +116,7 @@ def rows_of_step(s: Settings, rows: list, step: int, world: World) -> list:
     """
     first = (step - 1) * s.batch_size
     places = range(first + world.rank, first + s.batch_size, world.size)
-    orders = {epoch: np.random.default_rng([s.seed, epoch]).permutation(len(rows))
+    orders = {epoch: np.random.default_rng([ORDER, s.seed, epoch]).permutation(len(rows))
               for epoch in {place // len(rows) for place in places}}
     return [rows[orders[place // len(rows)][place % len(rows)]] for place in places]
 
@@ -125,13 +131,14 @@ class Writer:
     def __init__(self, s: Settings, world: World, model, ends: list[int]):
         self.s, self.world, self.model, self.ends, self.cache = s, world, model, ends, {}
 
-    def start_iteration(self, rows: list) -> None:
+    def start_iteration(self, rows: list, number: int) -> None:
         """SPIN: answer every prompt with the model as it is now; each process takes its share, all get all."""
         mine = sorted(rows[self.world.rank::self.world.size], key=lambda row: len(row.prompt))
-        pairs = [pair for i, batch in enumerate(batches(mine, 64)) for pair in self._generate(batch, -1 - i)]
+        pairs = self._generate(mine, ANSWER, number)
         self.cache = {}
-        for pair in (pair for part in self.world.gather([tuple(p) for p in pairs]) for pair in part):
-            self.cache.setdefault(pair[4], []).append(Pair(*pair))
+        for fields in (fields for part in self.world.gather([tuple(pair) for pair in pairs]) for fields in part):
+            pair = Pair(*fields)
+            self.cache.setdefault(pair.row, []).append(pair)
 
     def __call__(self, rows: list, step: int) -> list[Pair]:
         if self.s.loss == "sft":
@@ -140,17 +147,13 @@ class Writer:
             return [column_pair(row)._replace(step=step) for row in rows]
         if self.s.rejected == "iteration":
             return [pair._replace(step=step) for row in rows for pair in self.cache[row.number]]
-        return self._generate(rows, step)
+        return self._generate(rows, REWRITE, step)
 
-    def _generate(self, rows: list, step: int) -> list[Pair]:
-        s = self.s
-        # Seeds come from (seed, rank, step), so that no random state has to be kept; SPIN's batches count below zero.
-        rng = np.random.default_rng([s.seed, self.world.rank, step % 2 ** 32])
+    def _generate(self, rows: list, stream: int, step: int) -> list[Pair]:
+        # Seeds come from the seed, the process and the step, so that no random state has to be kept.
+        rng = np.random.default_rng([stream, self.s.seed, self.world.rank, step])
         generator = torch.Generator(self.world.device).manual_seed(int(rng.integers(2 ** 63)))
-        return make_pairs(self.model, [Example(row.prompt, row.chosen, row.number) for row in rows], s.segment_len, rng,
-                          eos_token_id=self.ends, num_rejected=s.num_rejected, max_new_tokens=s.max_new_tokens,
-                          segment_eos=s.segment_eos, step=step, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p,
-                          generator=generator)
+        return write_pairs(self.s, self.model, rows, self.ends, rng, generator, self.s.num_rejected, step)
 
 
 def train(s: Settings) -> None:
@@ -158,17 +161,25 @@ def train(s: Settings) -> None:
     world = World(s.threads)
     if s.batch_size % world.size or s.buffer_size % world.size:
         raise UserError(f"--batch_size {s.batch_size} and --buffer_size {s.buffer_size} must divide evenly among {world.size} processes")
-    torch.manual_seed(s.seed)
     policy, tokenizer = load_model(s, world.device)
-    rows, held = load_data(s, tokenizer)
+    tokenize = Tokenize(tokenizer, s.max_prompt_len, s.max_len, use_rejected=s.rejected == "data" and s.loss != "sft")
+    rows, held = load_data(s, tokenize)
+    check_ids(policy, rows + held, s)
+    ends = end_token_ids(policy, tokenizer, tokenize.turn_end)
     by_number = {row.number: row for row in rows}
-    ends = end_token_ids(policy, tokenizer, Tokenize(tokenizer, s.max_prompt_len, s.max_len).turn_end)
-    steps = s.steps or math.ceil(s.epochs * s.iterations * len(rows) / s.batch_size)
+    per_iteration = math.ceil(s.epochs * len(rows) / s.batch_size)
+    steps = s.steps or per_iteration * s.iterations
     starts = {i * steps // s.iterations + 1: i for i in range(s.iterations)}        # first step of each iteration (SPIN)
 
+    # Before any copy of the policy is made: the copies inherit what is found.
+    try:
+        probe(policy)
+        check_generation(policy)
+    except ValueError as error:
+        raise UserError(f"--model {s.model}: {error}") from None
     # Algorithm 1 line 1: the policy. Lines 2 and 3: the buffer and the EMA model. DPO needs a reference besides.
     scorer = world.wrap(Scorer(policy))
-    buffer = ReplayBuffer(s.buffer_size // world.size, seed=[s.seed, world.rank]) if s.buffer_size else None
+    buffer = ReplayBuffer(s.buffer_size // world.size, seed=[DRAW, s.seed, world.rank]) if s.buffer_size else None
     ema = EMA(policy, s.ema_decay, s.ema_every) if s.rejected == "ema" and s.loss != "sft" or s.ref == "ema" else None
     frozen = copy.deepcopy(policy).requires_grad_(False) if s.ref or s.rejected == "iteration" else None
     reference = frozen if s.loss == "dpo" else None
@@ -176,38 +187,35 @@ def train(s: Settings) -> None:
     write = Writer(s, world, author, ends)
     optimizer = make_optimizer(s, policy)
 
-    folder, = [f for f in world.gather(new_run_folder(s.out) if world.is_main else None) if f]
+    folder = world.on_main(lambda: new_run_folder(s))
     report = Report(s, world, folder, steps)
     report.say(header(s, world, policy, rows, held, steps, folder))
-    if world.is_main:
-        write_json(folder / "settings.json", dataclasses.asdict(s))
     evaluate = Evaluation(s, world, tokenizer, ends, held, policy)
     before = evaluate(policy)
-    start_logps = before.get("chosen_logps")
 
     for step in range(1, steps + 1):                                                    # line 4
+        clock = Clock(world.device)
         if step in starts:
-            iteration = starts[step]
+            iteration, first, last = starts[step], step, min([n for n in starts if n > step], default=steps + 1) - 1
             if s.rejected == "iteration":
                 frozen.load_state_dict(policy.state_dict())
-                write.start_iteration(rows)
+                write.start_iteration(rows, iteration)
                 optimizer = make_optimizer(s, policy)
-            first, last = step, min([n for n in starts if n > step], default=steps + 1) - 1
-        clock = Clock(world.device)
 
         # Sampling stage
         new = write(rows_of_step(s, rows, step, world), step)                           # lines 6 to 10
-        kept = [pair for pair in new if pair.chosen != pair.rejected] if s.skip_identical else new
+        pairs = [pair for pair in new if pair.chosen != pair.rejected] if s.skip_identical else new
+        if not pairs and not buffer:
+            pairs = new[:1]         # nothing at all to learn from: an identical pair does no harm
         if buffer is not None:
-            for pair in kept or new[:0 if len(buffer) else 1]:
+            for pair in pairs:
                 buffer.add(pair)                                                        # line 11
+            pairs = buffer.sample(min(s.batch_size // world.size, len(buffer)))         # line 14
         clock.lap("generate")
 
         # Training stage
-        pairs = kept or new[:1]
-        if buffer is not None:
-            pairs = buffer.sample(min(s.batch_size // world.size, len(buffer)))         # line 14
-        means = learn(s, world, scorer, reference, optimizer, pairs, s.beta[iteration])     # line 15
+        optimizer.zero_grad(set_to_none=True)
+        means = learn(s, world, scorer, reference, pairs, s.beta[iteration])            # line 15
         clock.lap("score")
         lr = learning_rate(s, step - first + 1, last - first + 1, s.lr[iteration])
         for group in optimizer.param_groups:
@@ -221,26 +229,22 @@ def train(s: Settings) -> None:
         clock.lap("update")
 
         record = {"step": step, "epoch": step * s.batch_size / len(rows), **means, "lr": lr, "grad_norm": float(grad_norm)}
-        record["margin"] = means["chosen_rewards"] - means["rejected_rewards"]
-        if write.model:
+        if write.model is not None:
             record |= world.means(pair_statistics(new, by_number, tokenizer, ends, s.segment_len))
         if buffer is not None:
             record |= world.means(buffer_statistics(buffer, pairs, step)) | {"buffer_size": world.sum([len(buffer)])[0]}
         record |= clock.laps | {"seconds": sum(clock.laps.values()), "peak_memory_mib": peak_memory_mib(world.device)}
         if s.eval_every and step % s.eval_every == 0 and step < steps:
-            now = evaluate(policy)
-            record |= {f"eval_{name}": value for name, value in now.items()}
-            report.say(f"step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in now.items()))
+            record |= report.evaluation(step, evaluate(policy))
         report.step(record)
-        if s.print_every and (step - 1) % s.print_every == 0 and write.model:
+        if s.print_every and (step - 1) % s.print_every == 0 and write.model is not None:
             report.pair(new[0], tokenizer, ends, s.segment_len)
 
     report.close()
     after = evaluate(policy)
     if world.is_main:
         save_model(policy, tokenizer, ends, folder / "final")
-        write_json(folder / "summary.json", {"before": before, "after": after})
-    report.say(summary_table(before, after))
+    report.summary(before, after)
     world.close()
 
 
@@ -248,7 +252,8 @@ def main() -> None:
     try:
         train(parse(sys.argv[1:]))
     except UserError as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -1,4 +1,5 @@
 """Models and tokenizers in from a folder or the hub, out to an ordinary Hugging Face folder."""
+import itertools
 from pathlib import Path
 
 import torch
@@ -11,7 +12,8 @@ from support.settings import Settings, UserError, located
 def load_model(settings: Settings, device):
     """The policy and its tokenizer. Weights are fp32 whatever the folder holds: bf16 would round small steps away.
 
-    Raises UserError where there is no model, or one this program can't train.
+    Lowers the settings' max_len to the positions the model has. Raises UserError where there is no model, or one this
+    program can't train.
     """
     name = str(located(settings.model))
     try:
@@ -25,20 +27,33 @@ def load_model(settings: Settings, device):
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"--model {settings.model}: not a causal language model with its tokenizer ({reason})") from None
     added = set_template(tokenizer, settings.chat_template)
-    width = model.get_input_embeddings().num_embeddings
-    if added and len(tokenizer) > width:
+    if added and len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
-    elif len(tokenizer) > width:
-        raise UserError(f"--model {settings.model}: the tokenizer has {len(tokenizer)} tokens, the model's embedding only "
-                        f"{width}; they do not belong together")
+    try:                                            # saving refuses what loading let pass: find out now
+        model.generation_config.validate(strict=True)
+    except ValueError:
+        model.generation_config.do_sample = True    # sampling values beside do_sample=False are the usual reason
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or settings.max_len
+    settings.max_len = min(settings.max_len, positions)
+    settings.max_prompt_len = min(settings.max_prompt_len, settings.max_len - 1)
     return model.to(device).eval(), tokenizer       # eval: no dropout, in training either, as in the EMA and reference
+
+
+def check_ids(model, rows, settings: Settings) -> None:
+    """Raises UserError where the tokenizer gives ids that the model has no embedding for."""
+    width = model.get_input_embeddings().num_embeddings
+    largest = max(max(max(row.prompt), max(row.chosen), max(row.rejected or [0])) for row in rows)
+    if largest >= width:
+        raise UserError(f"--model {settings.model}: the tokenizer gives id {largest}, the model's embedding has {width} "
+                        "entries; they do not belong together")
 
 
 def set_template(tokenizer, name: str | None) -> int:
     """Give the tokenizer a chat template by name; returns how many tokens had to be added for it."""
     if name is None:
         return 0
-    tokenizer.chat_template = {"chatml": CHATML, "vicuna": VICUNA}[name]
+    adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    tokenizer.chat_template = "{{ bos_token }}" * adds_bos + {"chatml": CHATML, "vicuna": VICUNA}[name]
     if name == "vicuna":                            # ends turns with the EOS, so it needs no token of its own
         return 0
     return tokenizer.add_tokens([t for t in ("<|im_start|>", "<|im_end|>") if t not in tokenizer.get_vocab()], special_tokens=True)
@@ -47,7 +62,8 @@ def set_template(tokenizer, name: str | None) -> int:
 def end_token_ids(model, tokenizer, turn_end: int) -> list[int]:
     """Every token that ends a response: the template's own, the tokenizer's EOS, what the model's generation knows."""
     known = model.generation_config.eos_token_id
-    return sorted({turn_end, tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])} - {None})
+    ids = {turn_end, tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])} - {None}
+    return sorted(i for i in ids if i < model.get_input_embeddings().num_embeddings)
 
 
 def save_model(model, tokenizer, ends: list[int], folder: Path) -> None:
@@ -57,22 +73,17 @@ def save_model(model, tokenizer, ends: list[int], folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def new_run_folder(out: str | None) -> Path:
+def new_run_folder(settings: Settings) -> Path:
     """The output folder, made: --out, or the next free runs/NNNN. Raises UserError where it holds a run already."""
-    if out is not None:
-        folder = Path(out)
-        if (folder / "metrics.jsonl").exists():
-            raise UserError(f"--out {out}: holds a run already; name another folder")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {out}: {error.strerror}") from None
-        return folder
-    number = 1
-    while True:
-        folder = Path("runs") / f"{number:04d}"
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            number += 1
+    if settings.out is None:
+        numbers = (Path("runs") / f"{number:04d}" for number in itertools.count(1))
+        folder = next(folder for folder in numbers if not folder.exists())
+    else:
+        folder = Path(settings.out)
+    if (folder / "metrics.jsonl").exists():
+        raise UserError(f"--out {folder}: holds a run already; name another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=settings.out is not None)
+    except OSError as error:
+        raise UserError(f"--out {folder}: {error.strerror}") from None
+    return folder

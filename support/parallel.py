@@ -45,6 +45,20 @@ class World:
         flat = self.sum([x for tally in tallies.values() for x in tally])
         return {name: total / count for name, total, count in zip(tallies, flat[::2], flat[1::2]) if count}
 
+    def on_main(self, function):
+        """What function() gives on rank 0, on every rank; an error it raises there is raised on every rank too, so that
+        none waits for the others."""
+        result = error = None
+        if self.is_main:
+            try:
+                result = function()
+            except Exception as raised:
+                error = raised
+        result, error = self.gather((result, error))[0]
+        if error is not None:
+            raise error
+        return result
+
     def gather(self, thing) -> list:
         """What each process has, in the order of ranks."""
         if self.size == 1:

@@ -17,8 +17,12 @@ class Report:
 
     def __init__(self, settings, world, folder: Path, steps: int):
         self.settings, self.world, self.folder = settings, world, folder
-        self.bar = tqdm(total=steps, unit="step", disable=not world.is_main, dynamic_ncols=True, mininterval=1)
-        self.file = open(folder / "metrics.jsonl", "w", encoding="utf-8") if world.is_main else None
+        self.bar = tqdm(total=steps, unit="step", disable=not world.is_main, dynamic_ncols=True,
+                        mininterval=0.5 if sys.stderr.isatty() else 15)         # a log file wants fewer lines
+        self.file = None
+        if world.is_main:
+            self.file = open(folder / "metrics.jsonl", "w", encoding="utf-8")
+            write_json(folder / "settings.json", dataclasses.asdict(settings))
 
     def say(self, text: str = "") -> None:
         if self.world.is_main:
@@ -36,16 +40,29 @@ class Report:
     def pair(self, pair, tokenizer, ends: list[int], segment_len: int) -> None:
         """Print a pair with A, B, B' and C told apart."""
         a, b, b_new, c, cut = parts(pair, ends, segment_len)
-        def text(ids):
-            return printable(tokenizer.decode(ids))
-        question = text(pair.prompt[-120:])
-        self.say(f"\nstep {pair.step}, row {pair.row}\n  x  {question}\n  A  {text(a)}\n  B  {text(b)}\n  B' {text(b_new)}"
-                 f"{'   (same as B)' if b == b_new else ''}\n  C  {text(c)}{'   (dropped: B’ ended the response)' if cut and c else ''}")
+        x, a, b_text, b_new_text, c_text = (printable(tokenizer.decode(ids)) for ids in (pair.prompt[-120:], a, b, b_new, c))
+        self.say(f"\nstep {pair.step}, row {pair.row}\n  x  {x}\n  A  {a}\n  B  {b_text}\n"
+                 f"  B' {b_new_text}{'   (the same)' if b == b_new else ''}\n"
+                 f"  C  {c_text}{'   (dropped: the response ended in B)' if cut and c else ''}")
+
+    def evaluation(self, step: int, result: dict[str, float]) -> dict[str, float]:
+        """Say a result on the way; returns it as it goes into the step's record."""
+        self.say(f"step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in result.items()))
+        return {f"eval_{name}": value for name, value in result.items()}
 
     def close(self) -> None:
         self.bar.close()
         if self.file:
             self.file.close()
+
+    def summary(self, before: dict[str, float], after: dict[str, float]) -> None:
+        """Held-out results before and after, as a table and as summary.json, and where everything is."""
+        if self.world.is_main:
+            write_json(self.folder / "summary.json", {"before": before, "after": after})
+        self.say(f"{'held out':<22}{'before':>10}{'after':>10}{'difference':>12}")
+        for name in before:
+            self.say(f"{name:<22}{before[name]:>10.4f}{after[name]:>10.4f}{after[name] - before[name]:>+12.4f}")
+        self.say(f"\nsaved {self.folder}/final (an ordinary Hugging Face folder), metrics.jsonl, settings.json and summary.json beside it")
 
 
 def parts(pair, ends: list[int], segment_len: int):
@@ -95,8 +112,8 @@ class Clock:
         self.last = self._now()
 
     def _now(self) -> float:
-        if self.device.type == "cuda":          # kernels run behind the Python that queued them
-            torch.cuda.synchronize()
+        if self.device.type != "cpu":           # kernels run behind the Python that queued them
+            getattr(torch, self.device.type).synchronize()
         return time.perf_counter()
 
     def lap(self, name: str) -> None:
@@ -123,14 +140,6 @@ def header(settings, world, model, rows, held, steps: int, folder: Path) -> str:
              f"  output    {folder}"]
     settings_text = "  ".join(f"{k}={v}" for k, v in dataclasses.asdict(settings).items() if v is not None)
     return "\n".join(lines) + "\n  settings  " + settings_text
-
-
-def summary_table(before: dict, after: dict) -> str:
-    """Held-out results before and after, and their difference."""
-    lines = [f"{'held out':<22}{'before':>10}{'after':>10}{'difference':>12}"]
-    for name in before:
-        lines.append(f"{name:<22}{before[name]:>10.4f}{after[name]:>10.4f}{after[name] - before[name]:>+12.4f}")
-    return "\n".join(lines)
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -2,7 +2,7 @@
 
 A row is one of TRL's formats: `messages`; `prompt` with `chosen` (and `rejected`), as strings or as message lists; or
 `chosen` (and `rejected`) as whole conversations with the prompt implied. The last assistant turn is the response,
-everything before it the prompt. A `check`, if there is one, is a regular expression (see `passes`).
+everything before it the prompt. TRL's `completion` is read as `chosen`. A `check`, if there is one, is a regular expression (see `passes`).
 """
 import json
 import re
@@ -21,7 +21,8 @@ VICUNA = ("{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + mes
 class Row:
     """One tokenized row. prompt, chosen, rejected: token ids (rejected None where there is none).
 
-    number: its place in the data. check and chosen_text: what `passes` takes (check None where there is none).
+    number: its place in the data. check and chosen_text: what `passes` takes (check None where there is none);
+    chosen_text is the text of `chosen`, so of a response that was cut, what is left of it.
     """
     prompt: list[int]
     chosen: list[int]
@@ -59,7 +60,7 @@ def read_rows(path: str) -> list[tuple[str, dict]]:
 def read_file(file: Path) -> list[tuple[str, dict]]:
     """The rows of one file: a JSON list in a .json file, otherwise one JSON object a line."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 at byte {error.start}; convert it first") from None
     if file.suffix == ".json" and text.lstrip().startswith("["):
@@ -87,7 +88,7 @@ def split_row(row: dict, where: str):
         {"messages": [user, assistant]}  ->  ([user], "text of the assistant", None)
     """
     def is_messages(value):
-        return isinstance(value, list) and value and all(
+        return isinstance(value, list) and all(
             isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value)
 
     def last_answer(messages):
@@ -99,9 +100,12 @@ def split_row(row: dict, where: str):
 
     prompt, rejected = row.get("prompt"), row.get("rejected")
     chosen = row.get("chosen", row.get("messages", row.get("completion")))
+    if isinstance(prompt, str) and isinstance(chosen, list):        # the first question again, beside the conversation
+        asked = bool(chosen) and isinstance(chosen[0], dict) and chosen[0].get("role") != "assistant"
+        prompt = [] if asked else [{"role": "user", "content": prompt}]
     if isinstance(chosen, str) and isinstance(prompt, str) and isinstance(rejected, str | None):
         result = prompt, chosen, rejected
-    elif is_messages(chosen) and (prompt is None or is_messages(prompt)) and (rejected is None or is_messages(rejected)):
+    elif chosen and is_messages(chosen) and (prompt is None or is_messages(prompt)) and (rejected is None or is_messages(rejected)):
         before, answer = last_answer((prompt or []) + chosen)
         other = None if rejected is None else last_answer((prompt or []) + rejected)
         if other and other[0] != before:
@@ -124,11 +128,12 @@ class Tokenize:
     behind it; messages go through the chat template. Special tokens spelled out in a response are taken as plain text.
     """
 
-    def __init__(self, tokenizer, max_prompt_len: int, max_len: int):
-        """Raises UserError when the tokenizer has no end token."""
+    def __init__(self, tokenizer, max_prompt_len: int, max_len: int, use_rejected: bool = True):
+        """use_rejected: False leaves the rejected column unread. Raises UserError when there is no end token."""
         if tokenizer.eos_token_id is None:
             raise UserError("the tokenizer has no EOS token: set eos_token in its tokenizer_config.json")
         self.tokenizer, self.max_prompt_len, self.max_len = tokenizer, max_prompt_len, max_len
+        self.use_rejected = use_rejected
         self.turn_end, self.turn_tail = tokenizer.eos_token_id, ""
         if tokenizer.chat_template:
             self.turn_end, self.turn_tail = self._end_of_turn()
@@ -136,49 +141,72 @@ class Tokenize:
     def _end_of_turn(self) -> tuple[int, str]:
         """The end token the template puts behind an assistant turn (EOS where it puts none), and all it puts there."""
         mark = "qzxqzx"
-        text = self._render([{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}], False)
+        text = self._render([{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}], False, "the tokenizer")
+        if mark not in text:
+            raise UserError("the tokenizer's chat template leaves the assistant's text out: there is nothing to train on")
         tail = text[text.rindex(mark) + len(mark):]
         special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
         ids = self.tokenizer(tail, add_special_tokens=False)["input_ids"]
         return next((i for i in ids if i in special), self.tokenizer.eos_token_id), tail
 
-    def _render(self, messages, add_generation_prompt):
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    def _render(self, messages, add_generation_prompt, where):
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        except Exception as error:              # templates raise whatever their authors chose
+            raise UserError(f"{where}: the chat template refuses this conversation: {error}") from None
 
     def __call__(self, row: dict, where: str, number: int) -> Row:
         """Tokenize and cut one row. Raises UserError on a row that can't be used."""
+        if not self.use_rejected:
+            row = {name: value for name, value in row.items() if name != "rejected"}
         prompt, chosen, rejected = split_row(row, where)
-        check = row.get("check")
-        if isinstance(prompt, str):
-            ids = self.tokenizer(prompt)["input_ids"]
-            while ids and ids[-1] == self.tokenizer.eos_token_id:       # some tokenizers close every text
-                ids = ids[:-1]
-            end, answers = self.tokenizer.eos_token_id, [chosen, rejected]
-        elif not self.tokenizer.chat_template:
+        if not isinstance(prompt, str) and not self.tokenizer.chat_template:
             raise UserError(f"{where}: messages need a chat template and the tokenizer has none; "
                             "pass --chat_template chatml or vicuna")
-        else:
-            try:
-                text = self._render(prompt, True)
-                answers = [a and self._as_rendered(prompt, text, a) for a in (chosen, rejected)]
-            except Exception as error:          # templates raise whatever their authors chose
-                raise UserError(f"{where}: the chat template refuses this conversation: {error}") from None
-            ids, end = self.tokenizer(text, add_special_tokens=False)["input_ids"], self.turn_end
+        try:
+            if isinstance(prompt, str):
+                ids = self._raw_prompt(prompt)
+                answers = [a and [*self._plain(a), self.tokenizer.eos_token_id] for a in (chosen, rejected)]
+            else:
+                text = self._render(prompt, True, where)
+                ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+                answers = [a and [*self._answer(prompt, text, a, where), self.turn_end] for a in (chosen, rejected)]
+        except TypeError:                       # what tokenizers say to half of a surrogate pair
+            raise UserError(f"{where}: holds text that is not valid Unicode") from None
+        if not ids:
+            raise UserError(f"{where}: the prompt has no tokens")
         ids = self._cut_prompt(ids)
-        room = self.max_len - len(ids)
-        chosen_ids, rejected_ids = (a and self._response(a, end)[:room] for a in answers)
-        return Row(ids, chosen_ids, rejected_ids, number, check, chosen)
+        chosen_ids, rejected_ids = (a and a[:self.max_len - len(ids)] for a in answers)
+        return Row(ids, chosen_ids, rejected_ids, number, self._check(row, where),
+                   self.tokenizer.decode(chosen_ids, skip_special_tokens=True))
 
-    def _as_rendered(self, prompt, text, answer):
-        """The answer as the template writes it (some trim it, some put an empty thought before it)."""
-        full = self._render(prompt + [{"role": "assistant", "content": answer}], False)
+    def _check(self, row, where) -> str | None:
+        try:
+            re.compile(row.get("check") or "")
+        except (re.error, TypeError):
+            raise UserError(f"{where}: `check` is not a regular expression") from None
+        return row.get("check") or None
+
+    def _plain(self, text: str) -> list[int]:
+        """Ids of text in which special tokens, where spelled out, are only text."""
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def _raw_prompt(self, text: str) -> list[int]:
+        """Ids of a string prompt, with the BOS a tokenizer adds by itself, without the EOS some add."""
+        ids, own = self.tokenizer(text)["input_ids"], self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids[:-1] if ids[-1:] == [self.tokenizer.eos_token_id] != own[-1:] else ids
+
+    def _answer(self, prompt, text, answer, where) -> list[int]:
+        """Ids of an answer as the template writes it: some trim it, some put an empty thought before it."""
+        full = self._render(prompt + [{"role": "assistant", "content": answer}], False, where)
         if not full.startswith(text):
-            return answer
-        return full[len(text):].removesuffix(self.turn_tail)
-
-    def _response(self, text: str, end: int) -> list[int]:
-        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return [*ids, end]
+            return self._plain(answer)
+        before, said, after = full[len(text):].removesuffix(self.turn_tail).partition(answer.strip())
+        own = [self.tokenizer(part, add_special_tokens=False)["input_ids"] if part.strip() else self._plain(part) if part else []
+               for part in (before, after)]
+        if not before.strip() and not after.strip():        # nothing but the answer, and spaces it may have merged with
+            return self._plain(before + said + after)
+        return [*own[0], *self._plain(said), *own[1]]
 
     def _cut_prompt(self, ids: list[int]) -> list[int]:
         """A long prompt loses its start, the part furthest from the answer; a BOS stays."""
@@ -188,9 +216,8 @@ class Tokenize:
         return bos + ids[len(ids) - self.max_prompt_len + len(bos):]
 
 
-def load_data(settings, tokenizer) -> tuple[list[Row], list[Row]]:
+def load_data(settings, tokenize: Tokenize) -> tuple[list[Row], list[Row]]:
     """Training and held-out rows. Without --eval_data every k-th row is held out: 2% of them, at most 200."""
-    tokenize = Tokenize(tokenizer, settings.max_prompt_len, settings.max_len)
     rows = [tokenize(row, where, i) for i, (where, row) in enumerate(read_rows(settings.data))]
     if settings.eval_data:
         held = [tokenize(row, where, i) for i, (where, row) in enumerate(read_rows(settings.eval_data))]
@@ -198,6 +225,6 @@ def load_data(settings, tokenizer) -> tuple[list[Row], list[Row]]:
         every = max(50, -(-len(rows) // 200))
         held = rows[every - 1::every]
         rows = [row for i, row in enumerate(rows) if (i + 1) % every]
-    if settings.rejected == "data" and settings.loss != "sft" and any(row.rejected is None for row in rows):
+    if tokenize.use_rejected and any(row.rejected is None for row in rows):
         raise UserError(f"{settings.data}: --rejected data needs a `rejected` response in every row")
     return rows, held[:settings.eval_rows]

@@ -28,7 +28,8 @@ class Settings:
     out: str = setting(None, "output folder (none: a fresh runs/NNNN)")
     chat_template: str = setting(None, "replace the tokenizer's chat template (paper, Appendix B)", ["chatml", "vicuna"])
     random_init: bool = setting(False, "start from random weights: --model needs only a config.json and a tokenizer")
-    max_len: int = setting(2048, "longest prompt and response together, in tokens; a longer response loses its end")
+    max_len: int = setting(2048, "longest prompt and response together, in tokens, or what the model's positions allow; a longer "
+                           "response loses its end")
     max_prompt_len: int = setting(None, "longest prompt in tokens; a longer one loses its start (none: 7/8 of max_len)")
     # the method
     loss: str = setting("orpo", "what the policy learns from", ["orpo", "dpo", "sft"])
@@ -59,7 +60,8 @@ class Settings:
     epochs: float = setting(4.0, "passes over the data (SPIN: in each iteration)")
     steps: int = setting(None, "optimizer steps in all; overrides --epochs")
     batch_size: int = setting(64, "pairs an optimizer step, over all processes")
-    micro_batch: int = setting(8, "pairs scored at a time in one process")
+    micro_batch: int = setting(8, "pairs scored at a time in one process; lower it when scoring runs out of memory")
+    generate_batch: int = setting(64, "responses generated at a time in one process; lower it when generating runs out of memory")
     lr: float = setting(None, "learning rate (none: the paper's 5e-6 for orpo, 5e-7 for dpo, 2e-5 for sft)", several=True)
     optimizer: str = setting("adamw", "optimizer", ["adamw", "rmsprop"])
     schedule: str = setting("linear", "course of the learning rate after the warm-up", ["linear", "cosine", "inverse_sqrt", "constant"])
@@ -82,12 +84,16 @@ def parse(argv: list[str]) -> Settings:
     parser = make_parser()
     given = vars(parser.parse_args(argv))
     defaults = {} if "model" in given else vars(parser.parse_args([f"@{DEMO}"]))
+    if "data" in given:
+        defaults.pop("eval_data", None)         # the demo's, of no use for other data
+    if given.get("loss", defaults.get("loss")) != defaults.get("loss"):
+        defaults.pop("lr", None)                # tuned for the demo's own loss
     return resolve(Settings(**{**defaults, **given}), explicit=set(given))
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="train.py", fromfile_prefix_chars="@", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        prog="train.py", usage="train.py [@FILE] [--FLAG VALUE ...]", fromfile_prefix_chars="@", allow_abbrev=False, argument_default=argparse.SUPPRESS,
         description="Self-Augmented Preference Optimization (arXiv 2405.20830). Without --model: the demo. "
                     "@FILE reads flags from a file, see recipes/.")
     parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
@@ -107,7 +113,7 @@ def make_parser() -> argparse.ArgumentParser:
 def resolve(s: Settings, explicit: set[str]) -> Settings:
     """Work out what depends on other settings, and refuse what makes no sense. explicit: what the user asked for."""
     def refuse(flag, when, why):
-        if flag in explicit and getattr(s, flag) not in (None, 0, 1) and when:
+        if flag in explicit and getattr(s, flag) not in (None, 0) and when:
             raise UserError(f"--{flag} {getattr(s, flag)} makes no sense with {why}")
 
     generates = s.loss != "sft" and s.rejected != "data"
@@ -115,8 +121,8 @@ def resolve(s: Settings, explicit: set[str]) -> Settings:
     refuse("buffer_size", s.loss == "sft", "--loss sft, which has no pairs to store")
     refuse("buffer_size", s.rejected == "data", "--rejected data: the pairs are all there from the start")
     refuse("buffer_size", s.rejected == "iteration", "--rejected iteration (SPIN), which answers every prompt once an iteration")
-    refuse("num_rejected", not generates, "--loss sft or --rejected data, which generate nothing")
-    refuse("iterations", s.rejected != "iteration", "anything but --rejected iteration (SPIN)")
+    refuse("num_rejected", not generates and s.num_rejected > 1, "--loss sft or --rejected data, which generate nothing")
+    refuse("iterations", s.rejected != "iteration" and s.iterations != 1, "anything but --rejected iteration (SPIN)")
     refuse("ref", s.loss != "dpo", f"--loss {s.loss}, which needs no reference model")
     refuse("ref", s.rejected == "iteration", "--rejected iteration (SPIN): the reference is the policy of the iteration's start")
 
@@ -146,7 +152,7 @@ def resolve(s: Settings, explicit: set[str]) -> Settings:
 def check_ranges(s: Settings) -> None:
     """Refuse values outside what each setting can be."""
     for name in ("max_len", "max_prompt_len", "num_rejected", "ref_every", "ema_every", "iterations", "max_new_tokens",
-                 "batch_size", "micro_batch"):
+                 "batch_size", "micro_batch", "generate_batch"):
         if getattr(s, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(s, name)}")
     for name in ("segment_len", "buffer_size", "lam", "temperature", "top_k", "warmup", "weight_decay", "max_grad_norm",

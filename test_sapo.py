@@ -1,0 +1,1062 @@
+"""The tests. Each says in its docstring which claim it checks; none needs a network.
+
+    python -m pytest -q             all but the slow ones
+    python -m pytest -q -m slow     the slow ones
+"""
+import copy
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings as hypothesis_settings, strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer, CONFIG_MAPPING
+from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+import sapo
+import support.evaluate
+import train
+from buffer import ReplayBuffer
+from ema import EMA
+from losses import dpo_loss, orpo_loss, sequence_logps
+from sapo import Example, Pair, choose_segment, generate_segments, make_pairs, pair_logps, splice
+from support.checkpoint import set_template
+from support.evaluate import column_pair
+from support.report import ended_early, parts, printable
+from support.rows import Row, Tokenize, load_data, passes, read_rows
+from support.settings import Settings, UserError, make_parser, parse
+
+HERE = Path(__file__).parent
+torch.set_num_threads(2)
+
+SMALL = dict(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=160, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+ARCHITECTURES = {
+    "llama": ("llama", {}),
+    "llama eager": ("llama", {"attn_implementation": "eager"}),
+    "mistral, sliding window in every layer": ("mistral", {"sliding_window": 6}),
+    "gemma 2, sliding and full layers": ("gemma2", {"sliding_window": 6, "head_dim": 8}),
+    "gemma 3, sliding and full layers": ("gemma3_text", {"sliding_window": 6, "head_dim": 8}),
+    "qwen 2": ("qwen2", {}),
+    "gpt-2, absolute positions": ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 160}),
+    "gpt-neox": ("gpt_neox", {}),
+    "phi-3": ("phi3", {}),
+}
+
+
+def tiny(name: str = "llama", **changes):
+    """A small random model of an architecture, in eval mode. Weights larger than usual, so that what a token sees matters."""
+    kind, special = ARCHITECTURES[name] if name in ARCHITECTURES else (name, {})
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[kind](**{**SMALL, "initializer_range": 0.2, **special, **changes})
+    return AutoModelForCausalLM.from_config(config, attn_implementation=special.get("attn_implementation")).eval()
+
+
+def random_ids(rng, length: int) -> list[int]:
+    return rng.integers(3, 97, length).tolist()
+
+
+def chi_square_fits(observed, probabilities) -> bool:
+    """Does a count fit the probabilities? True unless chi-square is beyond its 99.99% point (Wilson and Hilferty)."""
+    observed, probabilities = np.asarray(observed, float), np.asarray(probabilities, float)
+    assert observed[probabilities == 0].sum() == 0
+    observed, probabilities = observed[probabilities > 0], probabilities[probabilities > 0]
+    expected = probabilities / probabilities.sum() * observed.sum()
+    df = len(expected) - 1
+    return ((observed - expected) ** 2 / expected).sum() < df * (1 - 2 / (9 * df) + 3.72 * math.sqrt(2 / (9 * df))) ** 3
+
+
+# ----------------------------------------------------------------------------------------------------------- losses
+
+@pytest.mark.parametrize("average", [False, True])
+def test_sequence_logps_shift(average):
+    """logits[:, t] scores labels[:, t + 1], -100 is left out: the same as a loop over tokens."""
+    torch.manual_seed(0)
+    logits = torch.randn(3, 7, 11)
+    labels = torch.randint(0, 11, (3, 7))
+    labels[0, :3] = labels[1, 5:] = labels[2, 3] = -100
+    for b in range(3):
+        scored = [logits[b, t].log_softmax(-1)[labels[b, t + 1]] for t in range(6) if labels[b, t + 1] != -100]
+        expected = sum(scored) / (len(scored) if average else 1)
+        assert torch.allclose(sequence_logps(logits, labels, average)[b], expected, atol=1e-5)
+
+
+def test_sequence_logps_dtype_shape_and_empty():
+    """bf16 logits are scored in fp32, float64 stays; a row without labels is 0; unequal shapes are refused."""
+    logits, labels = torch.randn(2, 4, 5), torch.tensor([[-100, 1, 2, 3], [-100] * 4])
+    assert sequence_logps(logits.bfloat16(), labels).dtype == torch.float32
+    assert sequence_logps(logits.double(), labels).dtype == torch.float64
+    assert sequence_logps(logits, labels, average=True)[1] == 0
+    with pytest.raises(ValueError, match="do not match"):
+        sequence_logps(logits, labels[:, 1:])
+
+
+def test_dpo_hand_worked():
+    """Eq. 1 by hand: chosen 1 above the reference, rejected 1 below, beta 0.1 -> -log sigmoid(0.2); smoothing mixes."""
+    logps = [torch.tensor([x]) for x in (-10.0, -12.0, -11.0, -11.0)]
+    losses, chosen_rewards, rejected_rewards = dpo_loss(*logps, beta=0.1)
+    assert losses.item() == pytest.approx(0.598139, abs=1e-6)
+    assert (chosen_rewards.item(), rejected_rewards.item()) == pytest.approx((0.1, -0.1))
+    smoothed, *_ = dpo_loss(*logps, beta=0.1, label_smoothing=0.25)
+    assert smoothed.item() == pytest.approx(0.75 * 0.598139 + 0.25 * 0.798139, abs=1e-6)
+    assert dpo_loss(*[torch.tensor([-3.0])] * 4)[0].item() == pytest.approx(math.log(2))
+
+
+def test_orpo_hand_worked():
+    """Eq. 2 and 3 by hand: p = 1/2 against 1/4 -> odds 1 and 1/3, -log sigmoid(log 3) = log(4/3)."""
+    losses, chosen_rewards, rejected_rewards = orpo_loss(
+        torch.tensor([0.5]).log(), torch.tensor([0.25]).log(), torch.tensor([2.0]), lam=0.05)
+    assert losses.item() == pytest.approx(2 + 0.05 * math.log(4 / 3), abs=1e-6)
+    assert chosen_rewards.item() == pytest.approx(0.05 * math.log(0.5))
+    assert rejected_rewards.item() == pytest.approx(0.05 * math.log(0.25))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("chosen", [0.0, -1e-8, -1e-3, -1.0, -50.0, -1e4])
+@pytest.mark.parametrize("rejected", [0.0, -1e-8, -1e-3, -1.0, -50.0, -1e4])
+def test_losses_finite_at_extremes(chosen, rejected, dtype):
+    """ORPO's and DPO's losses and gradients are finite for every log-probability <= 0, 0 included."""
+    c, r = (torch.tensor([x], dtype=dtype, requires_grad=True) for x in (chosen, rejected))
+    for losses, chosen_rewards, rejected_rewards in (orpo_loss(c, r, -c), dpo_loss(c, r, r.detach(), c.detach())):
+        gradients = torch.autograd.grad(losses.sum(), (c, r))
+        assert all(torch.isfinite(x).all() for x in (losses, chosen_rewards, rejected_rewards, *gradients))
+        assert not chosen_rewards.requires_grad and not rejected_rewards.requires_grad
+
+
+@pytest.mark.parametrize("chosen, rejected", [(-1e-8, -0.5), (-0.5, -1e-8), (-1e-4, -2.0), (-20.0, -0.1)])
+def test_orpo_accurate_close_to_one(chosen, rejected):
+    """In fp32 the loss agrees with a float64 computation, also where 1 - p would round to 0 or 1."""
+    args = [torch.tensor([x], dtype=torch.float64) for x in (chosen, rejected, 1.0)]
+    log_odds = [x - torch.log1p(-torch.exp(x)) for x in args[:2]]
+    expected = 1.0 - torch.nn.functional.logsigmoid(log_odds[0] - log_odds[1])
+    assert torch.allclose(orpo_loss(*(x.float() for x in args), lam=1.0)[0].double(), expected, rtol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------- segments and pairs
+
+def test_splice_worked_examples():
+    """Eq. 5, and its edges: EOS in B', B with the final EOS, response shorter than the segment, several end tokens."""
+    assert splice([1, 2, 3, 4, 5], 1, 3, [8, 9], 0) == [1, 8, 9, 4, 5]
+    assert splice([1, 2, 3, 4, 5], 1, 3, [8, 0], 0) == [1, 8, 0]                # C dropped
+    assert splice([1, 2, 3, 4, 5], 1, 3, [0, 9], 0) == [1, 0]                   # nor what follows the end in B'
+    assert splice([1, 2, 3, 0], 2, 4, [8, 9], 0) == [1, 2, 8, 9]                # B held the EOS, B' did not reach one
+    assert splice([1, 2], 0, 2, [8, 9], 0) == [8, 9]                            # B is all there is
+    assert splice([1, 2, 3], 0, 1, [8, 7], [0, 7]) == [8, 7]
+    assert splice([1, 2, 3], 0, 1, [0], None) == [0, 2, 3]
+    assert splice((1, 2, 3), 0, 1, (9,), 0) == [9, 2, 3]
+
+
+def test_choose_segment():
+    """Starts are uniform over every place where B fits (chi-square); a short response is all B; bad lengths are refused."""
+    rng = np.random.default_rng(0)
+    starts = [choose_segment(20, 6, rng) for _ in range(15000)]
+    assert all(stop - start == 6 for start, stop in starts)
+    assert chi_square_fits(np.bincount([start for start, _ in starts], minlength=15), np.ones(15))
+    assert choose_segment(4, 9, rng) == (0, 4) and choose_segment(1, 1, rng) == (0, 1)
+    for lengths in ((0, 3), (3, 0), (3, -1)):
+        with pytest.raises(ValueError):
+            choose_segment(*lengths, rng)
+
+
+@hypothesis_settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.lists(st.integers(3, 96), min_size=1, max_size=12),
+                          st.lists(st.integers(3, 96), max_size=12)), min_size=1, max_size=4),
+       st.integers(0, 9), st.integers(1, 3), st.sampled_from(["stop", "forbid"]), st.integers(0, 10 ** 6))
+def test_make_pairs_keeps_a_and_c(examples, segment_len, k, segment_eos, seed):
+    """Whatever the lengths: k pairs an example in order, A kept, C kept unless B' ended, one EOS at most and at the end,
+    nothing longer than asked for."""
+    model = MODEL_FOR_PAIRS
+    examples = [Example(prompt, [*response, 2], row=10 + i) for i, (prompt, response) in enumerate(examples)]
+    pairs = make_pairs(model, examples, segment_len, np.random.default_rng(seed), eos_token_id=2, num_rejected=k, step=7,
+                       max_new_tokens=5, segment_eos=segment_eos, generator=torch.Generator().manual_seed(seed), temperature=3.0)
+    assert [pair.row for pair in pairs] == [e.row for e in examples for _ in range(k)]
+    for pair in pairs:
+        n = min(segment_len, len(pair.chosen)) if segment_len else 5
+        a, b, b_new, c, cut = parts(pair, [2], segment_len)
+        assert pair.step == 7 and a + b + c == pair.chosen and len(b_new) <= n
+        assert pair.rejected[:pair.start] == a and pair.chosen[:pair.start] == a
+        assert pair.rejected == (a + b_new if cut else a + b_new + c)
+        assert 2 not in pair.rejected[:-1] and (len(b_new) == n or b_new[-1] == 2)
+        if segment_eos == "forbid" and c:
+            assert not cut and len(b_new) == n
+
+
+MODEL_FOR_PAIRS = tiny()
+
+
+def test_make_pairs_refuses():
+    """An empty response and an unknown segment_eos are errors that say so; plain (prompt, chosen) tuples are accepted."""
+    rng = np.random.default_rng(0)
+    with pytest.raises(ValueError, match="response_len"):
+        make_pairs(MODEL_FOR_PAIRS, [Example([5], [])], 4, rng, eos_token_id=2)
+    with pytest.raises(ValueError, match="segment_eos"):
+        make_pairs(MODEL_FOR_PAIRS, [Example([5], [6])], 4, rng, eos_token_id=2, segment_eos="never")
+    assert make_pairs(MODEL_FOR_PAIRS, [([5], [6, 7])], 4, rng, eos_token_id=2)[0].row == -1
+
+
+# ------------------------------------------------------------------------------------------------------- generation
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_greedy_equals_transformers(name):
+    """temperature=0 equals model.generate(do_sample=False) token for token: prefixes of unequal lengths (one of one
+    token, one beyond the window), unequal limits, several end tokens, and num_return > 1."""
+    model, rng = tiny(name), np.random.default_rng(1)
+    prefixes, limits = [random_ids(rng, n) for n in (5, 17, 1, 9, 30)], [12, 20, 15, 1, 20]
+    plain = [greedy(model, p, limit, None) for p, limit in zip(prefixes, limits)]
+    ends = [plain[0][3], plain[4][10]]                      # tokens that really come up, so rows end at different times
+    expected = [greedy(model, p, limit, ends) for p, limit in zip(prefixes, limits)]
+    assert any(len(e) < limit for e, limit in zip(expected, limits))
+    assert generate_segments(model, prefixes, limits, eos_token_id=None, temperature=0) == [[p] for p in plain]
+    assert generate_segments(model, prefixes, limits, eos_token_id=ends, temperature=0) == [[e] for e in expected]
+    assert generate_segments(model, prefixes, limits, eos_token_id=ends, temperature=0, num_return=3) == [[e] * 3 for e in expected]
+
+
+def greedy(model, prefix, limit, ends):
+    ids = torch.tensor([prefix])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=limit, do_sample=False, eos_token_id=ends, pad_token_id=0)
+    return out[0, len(prefix):].tolist()
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p", [(0.7, 50, 0.95), (1.0, 0, 1.0), (1.5, 4, 1.0), (1.0, 0, 0.3), (0.7, 6, 0.8)])
+def test_sampling_distribution(temperature, top_k, top_p):
+    """Two sampled tokens are distributed as transformers' own temperature, top-k and top-p say (chi-square), and the
+    second is drawn given the first, through the cache."""
+    model, prefix, draws = tiny(vocab_size=12), [5, 9, 4], 6000
+
+    def distribution(ids):
+        logits = model(torch.tensor([ids])).logits[:, -1].detach()
+        warpers = [TemperatureLogitsWarper(temperature)] + ([TopKLogitsWarper(top_k)] if top_k else []) + [TopPLogitsWarper(top_p)]
+        for warper in warpers:
+            logits = warper(None, logits)
+        return logits.softmax(-1)[0].double().numpy()
+
+    first = distribution(prefix)
+    joint = np.concatenate([first[t] * distribution([*prefix, t]) for t in range(12)])
+    samples, = generate_segments(model, [prefix], 2, eos_token_id=None, temperature=temperature, top_k=top_k, top_p=top_p,
+                                 num_return=draws, generator=torch.Generator().manual_seed(3))
+    counts = np.bincount([a * 12 + b for a, b in samples], minlength=144)
+    rare = joint * draws < 5                                # chi-square wants no tiny cells: pool them
+    assert counts[joint == 0].sum() == 0
+    assert chi_square_fits([*counts[~rare], counts[rare].sum()], [*joint[~rare], joint[rare].sum()])
+
+
+def test_generation_edges():
+    """Nothing asked for gives nothing; an end token is included and closes its list; forbid_eos bans it, row by row;
+    an empty prefix is refused; training mode is put back; the same seed gives the same tokens."""
+    model = tiny()
+    model.train()
+    assert generate_segments(model, [], 5, eos_token_id=2) == []
+    assert generate_segments(model, [[5], [6]], 0, eos_token_id=2) == [[[]], [[]]]
+    with pytest.raises(ValueError, match="at least one token"):
+        generate_segments(model, [[5], []], 5, eos_token_id=2)
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        generate_segments(model, [[5], [6]], [5], eos_token_id=2)
+    end = generate_segments(model, [[5]], 1, eos_token_id=None, temperature=0)[0][0][0]
+    stopped, allowed = generate_segments(model, [[5], [5]], [4, 3], eos_token_id=end, temperature=0, forbid_eos=[False, True])
+    assert stopped == [[end]] and len(allowed[0]) == 3 and end not in allowed[0]
+    assert model.training
+    runs = [generate_segments(model, [[5, 6], [7]], 9, eos_token_id=2, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
+    assert runs[0] == runs[1]
+
+
+# ---------------------------------------------------------------------------------------------------------- scoring
+
+def some_pairs():
+    """Pairs of different lengths: A empty, B' shorter than B, identical, one beyond the windows of the test models."""
+    rng = np.random.default_rng(2)
+    a, prompt, c = random_ids(rng, 7), random_ids(rng, 20), random_ids(rng, 5)
+    return [Pair(prompt, a + random_ids(rng, 9) + c, a + random_ids(rng, 9) + c, 7),
+            Pair(random_ids(rng, 3), [*random_ids(rng, 6), 2], [*random_ids(rng, 2), 2], 0),
+            Pair(random_ids(rng, 1), [*c, 2], [*c, 2], 2), Pair(prompt[:4], c, c, 5), Pair(prompt[:4], c, c[:3], 3)]
+
+
+def plain_logps(model, pair):
+    """Both responses scored one at a time, whole sequences through the model's own logits; sums, and the lengths."""
+    found = []
+    for response in (pair.chosen, pair.rejected):
+        ids = torch.tensor([pair.prompt + response])
+        labels = ids.clone()
+        labels[:, :len(pair.prompt)] = -100
+        found.append(sequence_logps(model(ids).logits, labels)[0])
+    return found
+
+
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_pair_logps_equal_plain_scoring(name, average):
+    """Sharing x and A changes no log-probability and no gradient: both ways of pair_logps equal scoring each response
+    alone, on sliding-window, mixed and absolute-position models too, with sequences longer than the window."""
+    model, pairs = tiny(name), some_pairs()
+    assert sapo.probe(model)[0], "this architecture can share its prefix"
+    lengths = [(len(p.chosen), len(p.rejected)) if average else (1, 1) for p in pairs]
+    plain = [plain_logps(model, p) for p in pairs]
+    expected = [torch.stack([logps[i] / n[i] for logps, n in zip(plain, lengths)]) for i in (0, 1)]
+    nll = torch.stack([-logps[0] / len(p.chosen) for logps, p in zip(plain, pairs)])
+    weights = torch.linspace(1, 2, len(pairs))
+    gradients = [torch.autograd.grad(((expected[0] - 2 * expected[1] + nll) * weights).sum(), model.parameters(), allow_unused=True)]
+    for share_prefix in (True, False):
+        chosen_logps, rejected_logps, chosen_nll = pair_logps(model, pairs, average=average, share_prefix=share_prefix)
+        for found, wanted in ((chosen_logps, expected[0]), (rejected_logps, expected[1]), (chosen_nll, nll)):
+            assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-5)
+        loss = ((chosen_logps - 2 * rejected_logps + chosen_nll) * weights).sum()
+        gradients.append(torch.autograd.grad(loss, model.parameters(), allow_unused=True))
+    for other in gradients[1:]:
+        for mine, theirs in zip(gradients[0], other):
+            if mine is not None and theirs is not None:
+                assert (mine - theirs).norm() <= 1e-5 * mine.norm() + 1e-6
+
+
+def test_sharing_is_really_used():
+    """The shared row holds x and A once: fewer tokens go through the model than with concatenated pairs."""
+    model, seen = tiny(), []
+    sapo.probe(model)
+    model.model.embed_tokens.register_forward_hook(lambda module, args, output: seen.append(args[0].numel()))
+    for share_prefix in (True, False):
+        pair_logps(model, some_pairs()[:1], share_prefix=share_prefix)
+    assert seen == [20 + 7 + 13 + 13, 2 * (20 + 7 + 13)]
+
+
+@pytest.mark.parametrize("name", ["bloom", "mpt"])
+def test_models_that_cannot_share_are_noticed(name, capsys):
+    """A model that ignores (MPT) or refuses (BLOOM) the mask is noticed by the probe, said in one line, scored right."""
+    model = tiny(name, hidden_size=32, d_model=32, n_layer=2, n_layers=2, n_head=4, n_heads=4, max_seq_len=160)
+    pairs = some_pairs()
+    chosen_logps, rejected_logps, _ = pair_logps(model, pairs)
+    assert capsys.readouterr().out.count("\n") == 1
+    expected = torch.tensor([[x.item() for x in plain_logps(model, pair)] for pair in pairs])
+    assert torch.allclose(torch.stack([chosen_logps, rejected_logps], 1), expected, rtol=1e-4, atol=1e-4)
+    pair_logps(model, pairs)
+    assert capsys.readouterr().out == ""                    # said once
+
+
+@pytest.mark.parametrize("name, changes", [("mamba", {}), ("gpt_neo", dict(
+    num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=4, max_position_embeddings=160))])
+def test_models_that_cannot_generate_are_refused(name, changes):
+    """A model without an attention cache (Mamba), or whose window goes by column (GPT-Neo), is refused by name, not
+    decoded wrongly."""
+    with pytest.raises(ValueError, match="can't generate"):
+        generate_segments(tiny(name, **changes), [[5] * 9, [6] * 3], 4, eos_token_id=2)
+
+
+def test_a_window_that_is_ignored_would_be_noticed(monkeypatch):
+    """The probe tells a wrong mask from a right one: with the window left out of the mask, sharing is found inexact."""
+    model = tiny("mistral, sliding window in every layer")
+    right = sapo.attention_mask
+    monkeypatch.setattr(sapo, "attention_mask", lambda model, allowed, q, k: right(model, allowed, q * 0, k * 0))
+    assert sapo.probe(model)[0] is False and model.config.sliding_window == 6
+
+
+def test_projection_in_chunks(monkeypatch):
+    """Scoring in chunks that backward recomputes gives the same numbers and gradients as all at once."""
+    model, pairs, found = tiny(), some_pairs(), []
+    for limit in (2 ** 24, 97 * 5):
+        monkeypatch.setattr(sapo, "LOGITS_AT_ONCE", limit)
+        logps = torch.stack(pair_logps(model, pairs))
+        found.append([logps.detach(), *torch.autograd.grad(logps.sum(), model.parameters())])
+    for whole, chunked in zip(*found):
+        assert torch.allclose(whole, chunked, rtol=1e-5, atol=1e-5)
+
+
+def test_skip_shared_changes_nothing_for_dpo():
+    """DPO's loss, gradient and margin are the same without A; the log-probabilities themselves are not."""
+    policy, reference, pairs, found = tiny(), tiny(initializer_range=0.1), some_pairs(), []
+    for skip_shared in (False, True):
+        logps = pair_logps(policy, pairs, skip_shared=skip_shared)
+        reference_logps = pair_logps(reference, pairs, skip_shared=skip_shared)
+        losses, chosen_rewards, rejected_rewards = dpo_loss(*logps[:2], *(x.detach() for x in reference_logps[:2]))
+        found.append([losses.detach(), chosen_rewards - rejected_rewards, *torch.autograd.grad(losses.sum(), policy.parameters())])
+        if skip_shared:
+            assert logps[0][0] > whole[0][0] + 1
+        whole = logps
+    for one, other in zip(*found):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_nll_on_prompt():
+    """nll_on="prompt" is the mean over prompt and response; the log-probabilities stay the response's."""
+    model, pair = tiny(), some_pairs()[0]
+    ids = torch.tensor([pair.prompt + pair.chosen])
+    expected = -sequence_logps(model(ids).logits, ids, average=True)
+    for share_prefix in (True, False):
+        chosen_logps, _, nll = pair_logps(model, [pair], share_prefix=share_prefix, nll_on="prompt")
+        assert torch.allclose(nll, expected, rtol=1e-5) and torch.allclose(chosen_logps[0], plain_logps(model, pair)[0], rtol=1e-5)
+    with pytest.raises(ValueError, match="nll_on"):
+        pair_logps(model, [pair], nll_on="all")
+    with pytest.raises(ValueError, match="prompt"):
+        pair_logps(model, [pair._replace(prompt=[])])
+
+
+def test_eos_is_scored_when_pad_equals_eos():
+    """Padding is by length: an end token counts although its id is the pad id, and padding does not, whatever its id."""
+    model = tiny(pad_token_id=2)
+    short, long = Pair([5], [6, 2], [7, 2], 0), Pair([5] * 9, [6] * 9 + [2], [7] * 9 + [2], 0)
+    together = pair_logps(model, [short, long])
+    for i, pair in enumerate((short, long)):
+        expected = plain_logps(model, pair)
+        assert [together[0][i].item(), together[1][i].item()] == pytest.approx([x.item() for x in expected], abs=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------- buffer
+
+def test_buffer_is_fifo():
+    """Full, it drops the oldest; counts travel with their items, oldest first; a new item starts at 0."""
+    buffer = ReplayBuffer(3)
+    for item in "abc":
+        buffer.add(item)
+    buffer.sample(3)
+    buffer.add("d")
+    assert buffer.items == ["b", "c", "d"] and buffer.counts == [1, 1, 0] and len(buffer) == 3
+    buffer.add("e"), buffer.add("f"), buffer.add("g")
+    assert buffer.items == ["e", "f", "g"] and buffer.counts == [0, 0, 0]
+    assert (buffer.evicted, buffer.evicted_unused) == (4, 1)            # of a b c d, d was never drawn
+
+
+def test_buffer_weights():
+    """An item drawn c times has weight 1 / (1 + c) (chi-square on single draws), and a pair of distinct items comes as
+    drawn one after the other."""
+    start, counts = ReplayBuffer(4, seed=1), [0, 1, 3, 9]
+    for item in range(4):
+        start.add(item)
+    state = {**start.state_dict(), "counts": counts}
+    singles, doubles = np.zeros(4), np.zeros((4, 4))
+    for seed in range(6000):
+        for k in (1, 2):
+            buffer = ReplayBuffer(4)
+            buffer.load_state_dict({**state, "rng": np.random.default_rng(seed).bit_generator.state})
+            drawn = buffer.sample(k)
+            if k == 1:
+                singles[drawn[0]] += 1
+            else:
+                doubles[tuple(drawn)] += 1
+    weights = 1 / (1 + np.array(counts))
+    p = weights / weights.sum()
+    assert chi_square_fits(singles, p)
+    joint = p[:, None] * p / (1 - p[:, None])
+    np.fill_diagonal(joint, 0)
+    assert chi_square_fits(doubles.ravel(), joint.ravel())
+
+
+def test_buffer_draws():
+    """No item twice in one draw, every draw counted, too many refused; drawn_counts tells the use before the draw."""
+    buffer = ReplayBuffer(50)
+    for item in range(40):
+        buffer.add(item)
+    for _ in range(100):
+        assert len(set(buffer.sample(17))) == 17
+    assert sum(buffer.counts) == 1700 and max(buffer.counts) - min(buffer.counts) <= 25
+    before = dict(zip(buffer.items, buffer.counts))
+    drawn = buffer.sample(40)
+    assert sorted(drawn) == list(range(40)) and buffer.drawn_counts.tolist() == [before[item] for item in drawn]
+    assert buffer.sample(0) == []
+    for k in (41, -1):
+        with pytest.raises(ValueError, match="cannot draw"):
+            buffer.sample(k)
+    with pytest.raises(ValueError, match="capacity"):
+        ReplayBuffer(0)
+
+
+def test_buffer_state_round_trip(tmp_path):
+    """A restored buffer holds the same pairs with the same counts and draws the same from then on; its state is plain
+    enough for torch.load(weights_only=True), and what does not fit is refused."""
+    buffer = ReplayBuffer(5, seed=4)
+    for i in range(8):
+        buffer.add(Pair([i], [i, 1], [i, 2], 1, row=i, step=i))
+        buffer.sample(1)
+    torch.save(buffer.state_dict(), tmp_path / "buffer.pt")
+    state = torch.load(tmp_path / "buffer.pt", weights_only=True)
+    restored = ReplayBuffer(5)
+    restored.load_state_dict(state, item=Pair)
+    assert restored.items == buffer.items and isinstance(restored.items[0], Pair) and restored.counts == buffer.counts
+    for i in range(20):
+        for b in (buffer, restored):
+            b.add(Pair([i], [i], [i], 0))
+        assert restored.sample(3) == buffer.sample(3) and restored.counts == buffer.counts
+    assert (restored.evicted, restored.evicted_unused) == (buffer.evicted, buffer.evicted_unused)
+    with pytest.raises(ValueError, match="capacity"):
+        ReplayBuffer(4).load_state_dict(state)
+
+
+# -------------------------------------------------------------------------------------------------------------- EMA
+
+def test_ema_closed_form():
+    """Eq. 6: after k refreshes towards a constant theta, ema = decay^k * start + (1 - decay^k) * theta; the policy is
+    untouched; decay 0 copies, decay 1 never moves."""
+    model = torch.nn.Linear(3, 2)
+    for decay in (0.0, 0.5, 0.9, 1.0):
+        policy = copy.deepcopy(model)
+        ema = EMA(policy, decay=decay, update_every=1)
+        with torch.no_grad():
+            for p in policy.parameters():
+                p.add_(1.0)
+        moved = copy.deepcopy(policy.state_dict())
+        for _ in range(3):
+            assert ema.update(policy) is True
+        for name, start in model.state_dict().items():
+            expected = decay ** 3 * start + (1 - decay ** 3) * moved[name]
+            assert torch.allclose(ema.model.state_dict()[name], expected, atol=1e-6)
+            assert torch.equal(policy.state_dict()[name], moved[name])
+        if decay in (0.0, 1.0):
+            assert torch.equal(ema.model.weight, policy.weight if decay == 0 else model.weight)
+
+
+def test_ema_interval_buffers_and_state():
+    """It moves on every update_every-th call only, copies buffers, asks for no gradient, has no dropout, takes a copy
+    made elsewhere, and goes on from a saved state where it was."""
+    policy = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Dropout())
+    ema = EMA(policy, decay=0.5, update_every=3)
+    assert not ema.model.training and not any(p.requires_grad for p in ema.model.parameters()) and policy.training
+    policy(torch.randn(8, 2))
+    policy[0].weight.data.add_(1)
+    assert [ema.update(policy) for _ in range(2)] == [False, False]
+    assert ema.model[0].num_batches_tracked == 0 and torch.equal(ema.model[0].weight, torch.ones(2))
+    mine = copy.deepcopy(policy)
+    resumed = EMA(policy, decay=0.5, update_every=3, copy=mine)
+    resumed.load_state_dict(copy.deepcopy(ema.state_dict()))
+    assert resumed.model is mine
+    for e in (ema, resumed):
+        assert e.update(policy) is True
+        assert e.model[0].num_batches_tracked == 1 and torch.equal(e.model[0].weight, torch.full((2,), 1.5))
+    for arguments in ({"decay": 1.5}, {"update_every": 0}):
+        with pytest.raises(ValueError):
+            EMA(policy, **arguments)
+
+
+# --------------------------------------------------------------------------------------------------------- settings
+
+@pytest.mark.parametrize("flags, words", [
+    ("--rejected iteration --buffer_size 2000", "buffer_size 2000 makes no sense"),
+    ("--rejected data --buffer_size 500", "buffer_size 500 makes no sense"),
+    ("--loss sft --buffer_size 500", "buffer_size 500 makes no sense"),
+    ("--loss sft --ref ema", "ref ema makes no sense"), ("--loss orpo --ref fixed", "ref fixed makes no sense"),
+    ("--loss dpo --rejected iteration --ref ema", "reference is the policy"), ("--loss sft --rejected ema", "trains on chosen"),
+    ("--loss sft --buffer_size 1", "buffer_size 1 makes no sense"), ("--rejected data --num_rejected 4", "generate nothing"), ("--iterations 3", "iterations 3 makes no sense"),
+    ("--segment_len -1", "segment_len"), ("--buffer_size 8 --batch_size 16", "smaller than"), ("--top_p 1.5", "top_p"),
+    ("--lr 1e-5 1e-6", "one value"), ("--max_prompt_len 300", "no room"), ("--batch_size 0", "batch_size"),
+    ("--rejected iteration --steps 3", "less than one step"), ("--model somewhere", "--data is missing"),
+])
+def test_nonsense_is_refused_with_one_sentence(flags, words):
+    """A combination that makes no sense is refused with one sentence that names it."""
+    with pytest.raises(UserError, match=words) as error:
+        parse(flags.split())
+    assert "\n" not in str(error.value)
+
+
+def test_unset_settings_follow_the_method():
+    """Buffer, reference, learning rate and iterations have the default of the method, and 0 is no conflict."""
+    def of(flags):
+        return parse(["--model", "m", "--data", "d", *flags.split()])
+    assert (of("").buffer_size, of("").ref, of("").lr, of("").segment_len) == (2000, None, [5e-6], 256)
+    assert (of("--loss dpo").ref, of("--loss dpo").lr, of("--loss dpo --rejected data").ref) == ("ema", [5e-7], "fixed")
+    assert of("--rejected policy").buffer_size == 2000 and of("--rejected data").buffer_size == of("--loss sft").buffer_size == 0
+    spin = of("--rejected iteration --loss dpo --lr 5e-7 5e-7 1e-7 1e-7 --buffer_size 0")
+    assert (spin.iterations, spin.segment_len, spin.buffer_size, spin.ref, spin.beta) == (4, 0, 0, None, [0.1] * 4)
+    assert of("--rejected iteration --segment_len 32").segment_len == 32
+
+
+def test_every_setting_is_read():
+    """A flag nobody reads is a failure: each field is used by train.py or support/, and --help explains each."""
+    sources = "".join(f.read_text() for f in [HERE / "train.py", *(HERE / "support").glob("*.py")] if f.name != "settings.py")
+    explained = make_parser().format_help()
+    for f in dataclasses.fields(Settings):
+        assert re.search(rf"\b(s|settings)\.{f.name}\b", sources), f"nobody reads --{f.name}"
+        assert f"--{f.name}" in explained and len(f.metadata["comment"]) > 5
+
+
+def test_recipes_parse(tmp_path, monkeypatch):
+    """Every recipe is a valid flag file with comments; flags after it win; it works from any folder."""
+    recipes = sorted((HERE / "recipes").glob("*.txt"))
+    assert {"demo.txt", "demo-sft.txt"} <= {r.name for r in recipes}
+    monkeypatch.chdir(tmp_path)
+    for recipe in recipes:
+        assert parse([f"@{recipe}", "--steps", "7"]).steps == 7
+    demo = parse([])
+    assert demo.rejected == "ema" and demo.loss in ("orpo", "dpo") and demo.buffer_size > 0
+    assert len(read_rows(demo.data)) >= 4000
+
+
+# ------------------------------------------------------------------------------------------------------------- rows
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(HERE / "data" / "model")
+
+
+USER, ANSWER = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "It is 4."}
+WRONG = {"role": "assistant", "content": "It is 5."}
+
+
+@pytest.mark.parametrize("row", [
+    {"messages": [USER, ANSWER]},
+    {"messages": [USER, ANSWER, {"role": "user", "content": "thanks"}]},                # what follows the last answer is left out
+    {"prompt": [USER], "chosen": [ANSWER], "rejected": [WRONG]},
+    {"chosen": [USER, ANSWER], "rejected": [USER, WRONG]},                              # prompt implied
+    {"prompt": [], "chosen": [USER, ANSWER]}, {"prompt": "2 + 2?", "chosen": [USER, ANSWER]}, {"prompt": "2 + 2?", "chosen": [ANSWER]},
+    {"prompt": [USER], "completion": [ANSWER]},
+])
+def test_message_rows(row, tokenizer):
+    """Every shape of message row gives the same prompt ids and response ids; one end token closes the response."""
+    found = Tokenize(tokenizer, 100, 200)(row, "here", 3)
+    text = "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(found.prompt) == text and tokenizer.decode(found.chosen) == "It is 4.<|im_end|>"
+    assert found.chosen.count(tokenizer.eos_token_id) == 1 and found.number == 3
+    assert found.prompt == tokenizer.apply_chat_template([USER], add_generation_prompt=True, return_dict=False)
+    if "rejected" in row:
+        assert tokenizer.decode(found.rejected) == "It is 5.<|im_end|>"
+
+
+def test_string_rows(tokenizer):
+    """Strings are raw text, then EOS: no template."""
+    found = Tokenize(tokenizer, 100, 200)({"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}, "here", 0)
+    assert tokenizer.decode(found.prompt) == "2 + 2 =" and tokenizer.decode(found.chosen) == " 4<|im_end|>"
+    assert found.rejected[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("template, ending", [
+    ("{% for m in messages %}<{{ m.role }}> {{ m.content | trim }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}", "x"),
+    ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}", "x"),
+    ("{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}<|im_end|>{% endfor %}"
+     "{% if add_generation_prompt %}assistant:{% endif %}", "<think></think>x"),
+])
+def test_one_end_token_whatever_the_template(template, ending, tokenizer):
+    """A template that trims, one that ends turns with no token at all, and one that adds a thought: one end token each,
+    and an end token spelled out in the text is not one."""
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = template
+    for said, expected in (("x", ending), ("x<|im_end|>y", ending + "<|im_end|>y")):
+        found = Tokenize(changed, 100, 200)({"messages": [USER, {"role": "assistant", "content": said}]}, "here", 0)
+        assert changed.decode(found.chosen) == expected + "<|im_end|>"
+        assert found.chosen.count(changed.eos_token_id) == 1 and found.chosen[-1] == changed.eos_token_id
+
+
+def test_named_templates_match_the_paper(tokenizer):
+    """--chat_template chatml and vicuna write what Appendix B shows; tokens a model lacks are added."""
+    bare = copy.deepcopy(tokenizer)
+    assert set_template(bare, "vicuna") == 0
+    assert bare.apply_chat_template([USER, ANSWER], tokenize=False) == "<|user|>\n2 + 2?<|im_end|>\n<|assistant|>\nIt is 4.<|im_end|>\n"
+    assert set_template(bare, "chatml") == 0
+    assert bare.apply_chat_template([USER], tokenize=False, add_generation_prompt=True) == "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_cuts(tokenizer):
+    """A long prompt loses its start, a long response its end and with it the end token; nothing else is cut."""
+    row = {"prompt": " a b c d e f", "chosen": " g h i j"}
+    whole = Tokenize(tokenizer, 100, 200)(row, "here", 0)
+    cut = Tokenize(tokenizer, len(whole.prompt) - 2, len(whole.prompt) + 1)(row, "here", 0)
+    assert cut.prompt == whole.prompt[2:] and cut.chosen == whole.chosen[:3] and tokenizer.eos_token_id not in cut.chosen
+    fits = Tokenize(tokenizer, len(whole.prompt), len(whole.prompt) + len(whole.chosen))(row, "here", 0)
+    assert (fits.prompt, fits.chosen) == (whole.prompt, whole.chosen)
+
+
+@pytest.mark.parametrize("content, words", [
+    ("", "no rows"), ('{"messages": [}', "line 1: not JSON"), ("[1]", "expected an object"),
+    ('{"messages": [{"role": "user", "content": "a"}]}', "no assistant turn"), ('{"prompt": "a", "chosen": ""}', "empty"),
+    ('{"prompt": "a", "chosen": [1]}', "expected `messages`"), ('{"messages": [{"role": "assistant", "content": "a"}]}', "no prompt"),
+    ('{"chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "rejected": '
+     '[{"role": "user", "content": "c"}, {"role": "assistant", "content": "b"}]}', "differ before"), ("\xff", "UTF-8"),
+    ('{"prompt": "a", "chosen": "b", "check": "("}', "not a regular expression"), ('{"prompt": "a", "chosen": "b", "check": 5}', "not a regular"),
+    ('{"prompt": "a\\ud83d", "chosen": "b"}', "not valid Unicode"), ('{"prompt": "", "chosen": "b"}', "no prompt"),
+])
+def test_bad_rows_are_named(content, words, tmp_path, tokenizer):
+    """A row that can't be used is refused with its file, its line and what is wrong."""
+    file = tmp_path / "bad.jsonl"
+    file.write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=words) as error:
+        for i, (where, row) in enumerate(read_rows(str(file))):
+            Tokenize(tokenizer, 100, 200)(row, where, i)
+    assert "bad.jsonl" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_chosen_text_is_what_is_trained_on(tokenizer):
+    """Rejected answers are compared with y+ as it is: cut where it was cut, with what the template adds, so y+ itself
+    always passes."""
+    row = {"prompt": "a b", "chosen": "first 2 + 3 = 5", "check": "[0-9]+"}
+    for room in (200, 6):
+        found = Tokenize(tokenizer, 100, room)(row, "here", 0)
+        assert passes(row["check"], tokenizer.decode(found.chosen, skip_special_tokens=True), found.chosen_text)
+    assert "5" not in found.chosen_text
+
+
+def test_files_and_folders(tmp_path):
+    """.jsonl, .json lists and folders of both are read; rows know where they stand."""
+    (tmp_path / "a.jsonl").write_text('{"prompt": "1"}\n\n{"prompt": "2"}\n')
+    (tmp_path / "b.json").write_text('[{"prompt": "3"}]')
+    assert [row["prompt"] for _, row in read_rows(str(tmp_path))] == ["1", "2", "3"]
+    assert [where.split("/")[-1] for where, _ in read_rows(str(tmp_path))] == ["a.jsonl, line 1", "a.jsonl, line 3", "b.json, row 1"]
+
+
+def test_held_out_rows(tmp_path, tokenizer):
+    """Without --eval_data a fixed 2%, at most 200 rows, is held out, never trained on, the same every time."""
+    file = tmp_path / "d.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"q {i}", "chosen": "a"}) + "\n" for i in range(400)))
+    tokenize = Tokenize(tokenizer, 100, 200, use_rejected=False)
+    split = [load_data(parse(["--model", "m", "--data", str(file)]), tokenize) for _ in range(2)]
+    numbers = [[[row.number for row in part] for part in parts] for parts in split]
+    assert numbers[0] == numbers[1] and len(numbers[0][1]) == 8 and not set(numbers[0][0]) & set(numbers[0][1])
+    assert len(numbers[0][0]) == 392
+
+
+# ---------------------------------------------------------------------------------------------------- embedded data
+
+def test_embedded_data(tmp_path, monkeypatch):
+    """The data files are what their script writes, byte for byte; large enough, small enough; no prompt twice; every
+    chosen answer passes its check and every rejected one fails it."""
+    spec = importlib.util.spec_from_file_location("make_data", HERE / "data" / "make_data.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(script, "FOLDER", tmp_path)
+    script.main()
+    rows = {}
+    for name in ("train", "heldout"):
+        content = (HERE / "data" / f"{name}.jsonl").read_bytes()
+        assert content == (tmp_path / f"{name}.jsonl").read_bytes()
+        rows[name] = [json.loads(line) for line in content.splitlines()]
+    assert len(rows["train"]) >= 4000 and len(rows["heldout"]) >= 500
+    assert sum((HERE / "data" / f"{name}.jsonl").stat().st_size for name in rows) < 3e6
+    prompts = [json.dumps(row["prompt"]) for part in rows.values() for row in part]
+    assert len(set(prompts)) == len(prompts)
+    for row in rows["train"] + rows["heldout"]:
+        chosen, rejected = row["chosen"][0]["content"], row["rejected"][0]["content"]
+        assert len(row["prompt"]) >= 3 and passes(row["check"], chosen, chosen) and not passes(row["check"], rejected, chosen)
+
+
+def test_default_segments_have_a_b_and_c():
+    """At the demo's segment length A, B and C are all non-empty for most rows."""
+    s = parse([])
+    tokenizer = AutoTokenizer.from_pretrained(HERE / "data" / "model")
+    rows, rng = load_data(s, Tokenize(tokenizer, s.max_prompt_len, s.max_len))[0], np.random.default_rng(0)
+    spans = [(choose_segment(len(row.chosen), s.segment_len, rng), len(row.chosen)) for row in rows]
+    assert np.mean([start > 0 and stop < n for (start, stop), n in spans]) > 0.8
+
+
+def test_shipped_model_is_small():
+    """data/model is an ordinary Hugging Face folder in safetensors, under 10 MB."""
+    folder = HERE / "data" / "model"
+    assert sum(f.stat().st_size for f in folder.glob("*.safetensors")) < 10e6
+    assert AutoModelForCausalLM.from_pretrained(folder).config.model_type == "llama"
+
+
+def test_check_worked_example():
+    """passes(): every match counts, in order."""
+    assert passes("[0-9]+", "2 + 3 = 5.", "2+3=5") and not passes("[0-9]+", "2+3=6", "2+3=5")
+
+
+# ------------------------------------------------------------------------------------------------------------- runs
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    """Flags of a run that takes about a second: a tiny random model with the demo's tokenizer, a few embedded rows."""
+    folder = tmp_path_factory.mktemp("run")
+    tokenizer = AutoTokenizer.from_pretrained(HERE / "data" / "model")
+    end = tokenizer.eos_token_id
+    tiny(vocab_size=len(tokenizer), pad_token_id=end, eos_token_id=end, bos_token_id=None).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    for name in ("train", "heldout"):
+        lines = (HERE / "data" / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        (folder / f"{name}.jsonl").write_text("".join(lines[:40 if name == "train" else 12]))
+    return (f"--model {folder}/model --data {folder}/train.jsonl --eval_data {folder}/heldout.jsonl --max_len 160 --batch_size 4 "
+            "--micro_batch 2 --steps 6 --lr 1e-3 --segment_len 6 --max_new_tokens 8 --ref_every 3 --warmup 0").split()
+
+
+def run(flags, out, *more):
+    """One run in this process -> its records, its summary and the folder."""
+    threads = torch.get_num_threads()
+    own = [*more] if "--buffer_size" in more or "--loss sft" in " ".join(more) or {"data", "iteration"} & set(more) else ["--buffer_size", "8", *more]
+    train.train(parse([*flags, "--out", str(out), *own]))
+    torch.set_num_threads(threads)
+    return [json.loads(line) for line in (out / "metrics.jsonl").open()], json.loads((out / "summary.json").read_text())
+
+
+AXES = ["--loss orpo", "--loss dpo", "--loss dpo --ref policy", "--loss dpo --ref fixed", "--loss sft", "--rejected policy",
+        "--rejected policy --loss dpo --buffer_size 0", "--rejected data", "--rejected data --loss dpo --ref ema",
+        "--rejected iteration --iterations 2 --loss dpo", "--rejected iteration --iterations 2 --loss orpo --segment_len 6",
+        "--segment_len 0", "--num_rejected 4", "--num_rejected 2 --buffer_size 0", "--segment_eos forbid --nll_on prompt",
+        "--ema_decay 0.9 --ema_every 1 --temperature 1 --top_k 0 --top_p 1", "--skip_identical --temperature 0",
+        "--optimizer rmsprop --schedule cosine", "--schedule inverse_sqrt --max_grad_norm 0 --weight_decay 0.1"]
+
+
+@pytest.mark.parametrize("flags", AXES)
+def test_axes(flags, tiny_run, tmp_path):
+    """Every axis of the methods table runs from the command line, alone and combined: finite losses, one flat record a
+    step, a summary before and after, and a folder that transformers loads."""
+    records, summary = run(tiny_run, tmp_path, *flags.split())
+    assert [r["step"] for r in records] == list(range(1, 7))
+    assert all(math.isfinite(v) for r in records for v in r.values())
+    assert set(summary["before"]) == set(summary["after"]) >= {"exact_match", "nll", "chosen_logps"}
+    parts_of_time = [records[-1][f"seconds_{part}"] for part in ("generate", "score", "update")]
+    assert records[-1]["seconds"] == pytest.approx(sum(parts_of_time))
+    assert ("identical" in records[0]) == ("--rejected data" not in flags and "--loss sft" not in flags)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    assert model.generation_config.eos_token_id == AutoTokenizer.from_pretrained(tmp_path / "final").eos_token_id
+    assert json.loads((tmp_path / "settings.json").read_text())["steps"] == 6
+
+
+def weights(folder):
+    return AutoModelForCausalLM.from_pretrained(folder / "final").state_dict()
+
+
+@pytest.mark.parametrize("flags", ["--rejected ema", "--rejected iteration --iterations 2 --loss dpo", "--loss sft"])
+def test_rejected_column_is_ignored(flags, tiny_run, tmp_path):
+    """SAPO, SPIN and SFT never look at the rejected column: with nonsense in its place, or without it, every metric and
+    weight is the same."""
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("train", "heldout"):
+        source = Path(tiny_run[tiny_run.index("--data" if name == "train" else "--eval_data") + 1])
+        rows = [json.loads(line) for line in source.open()]
+        for i, row in enumerate(rows):
+            row.update(rejected=[]) if i % 2 else row.pop("rejected")
+        (bare / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with_column = run(tiny_run, tmp_path / "a", *flags.split())
+    without = run([*tiny_run, "--data", str(bare / "train.jsonl"), "--eval_data", str(bare / "heldout.jsonl")], tmp_path / "b", *flags.split())
+    untimed = [[{k: v for k, v in r.items() if "seconds" not in k and "memory" not in k} for r in records] for records, _ in (with_column, without)]
+    assert untimed[0] == untimed[1] and with_column[1] == without[1]
+    assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path / "a").values(), weights(tmp_path / "b").values()))
+    assert not torch.equal(next(iter(weights(tmp_path / "a").values())), next(iter(AutoModelForCausalLM.from_pretrained(tiny_run[1]).state_dict().values())))
+
+
+def test_algorithm_1_order(tiny_run, tmp_path, monkeypatch):
+    """The loop is Algorithm 1: pairs are written by the EMA model, stored, drawn; the EMA model moves on every second
+    optimizer step and only then; the buffer never holds more than its size."""
+    events, updates = [], []
+    make, add, sample, update = support.evaluate.make_pairs, ReplayBuffer.add, ReplayBuffer.sample, EMA.update
+    monkeypatch.setattr(support.evaluate, "make_pairs", lambda model, *a, **k: events.append(("write", model)) or make(model, *a, **k))
+    monkeypatch.setattr(ReplayBuffer, "add", lambda self, item: (events.append(("store", len(self))), add(self, item))[1])
+    monkeypatch.setattr(ReplayBuffer, "sample", lambda self, k: (events.append(("draw", k)), sample(self, k))[1])
+    monkeypatch.setattr(EMA, "update", lambda self, model: (events.append(("ema", self.model)), updates.append(update(self, model)))[1])
+    run(tiny_run, tmp_path)
+    events = events[1:]                                     # the first was the evaluation's own held-out pairs
+    assert [name for name, _ in events] == (["write"] + ["store"] * 4 + ["draw", "ema"]) * 6
+    ema_model = next(thing for name, thing in events if name == "ema")
+    assert all(thing is ema_model for name, thing in events if name in ("write", "ema"))
+    assert updates == [False, True] * 3 and max(size for name, size in events if name == "store") <= 8
+
+
+@pytest.mark.parametrize("ref, fresh", [("fixed", [1]), ("policy", [1, 4]), ("ema", [1])])
+def test_reference_refreshes(ref, fresh, tiny_run, tmp_path):
+    """Table 4's references: DPO's loss is log 2 exactly when the reference equals the policy, that is at the first step,
+    and with policy-ref after each refresh (every 3 steps here)."""
+    records, _ = run(tiny_run, tmp_path, "--loss", "dpo", "--ref", ref)
+    assert [r["step"] for r in records if abs(r["loss"] - math.log(2)) < 1e-6] == fresh
+
+
+def test_ema_reference_follows_the_ema(tiny_run, tmp_path, monkeypatch):
+    """ema-ref: after ref_every steps the reference holds the EMA model's weights, not the policy's."""
+    seen = []
+    learn = train.learn
+    def watch(s, world, scorer, reference, *rest):
+        seen.append((copy.deepcopy(reference.state_dict()), copy.deepcopy(scorer.policy.state_dict())))
+        return learn(s, world, scorer, reference, *rest)
+    monkeypatch.setattr(train, "learn", watch)
+    emas = []
+    update = EMA.update
+    monkeypatch.setattr(EMA, "update", lambda self, model: (update(self, model), emas.append(copy.deepcopy(self.model.state_dict())))[0])
+    run(tiny_run, tmp_path, "--loss", "dpo", "--ref", "ema")
+    def same(a, b):
+        return all(torch.equal(a[k], b[k]) for k in a)
+    assert same(seen[0][0], seen[2][0]) and not same(seen[2][0], seen[3][0])
+    assert same(seen[3][0], emas[2]) and not same(seen[3][0], seen[3][1]) and same(seen[3][0], seen[5][0])
+
+
+def test_spin(tiny_run, tmp_path, monkeypatch):
+    """SPIN: each iteration answers every prompt once with the policy frozen at its start, uses that policy as reference
+    (loss log 2 at its first step), starts the optimizer afresh and takes its own lr; within it an answer never changes."""
+    made, learned, optimizers = [], [], []
+    make, learn, make_optimizer = support.evaluate.make_pairs, train.learn, train.make_optimizer
+    monkeypatch.setattr(support.evaluate, "make_pairs", lambda model, examples, *a, **k: made.extend(e.row for e in examples) or make(model, examples, *a, **k))
+    monkeypatch.setattr(train, "make_optimizer", lambda *a: optimizers.append(len(learned)) or make_optimizer(*a))
+    monkeypatch.setattr(train, "learn", lambda s, w, sc, ref, pairs, beta: (
+        learned.append(([(p.row, tuple(p.rejected)) for p in pairs], beta)), learn(s, w, sc, ref, pairs, beta))[1])
+    records, _ = run(tiny_run, tmp_path, *("--rejected iteration --iterations 2 --loss dpo --lr 1e-3 5e-4 --beta 0.1 5 --steps 24 --schedule constant").split())
+    assert sorted(made[12:]) == sorted([*range(40)] * 2)    # the first 12 are the evaluation's
+    assert [r["step"] for r in records if abs(r["loss"] - math.log(2)) < 1e-6] == [1, 13]
+    assert [r["lr"] for r in records] == [1e-3] * 12 + [5e-4] * 12 and [beta for _, beta in learned] == [0.1] * 12 + [5.0] * 12
+    assert optimizers == [0, 0, 12]                         # one in the set-up, one an iteration
+    for half in (learned[:12], learned[12:]):
+        answers = {}
+        for pairs, _ in half:
+            assert all(answers.setdefault(row, answer) == answer for row, answer in pairs)
+
+
+def test_spin_iterations_without_steps(tiny_run, tmp_path):
+    """Without --steps each SPIN iteration takes --epochs of the data, also where a batch holds more than all rows."""
+    flags = [f for i, f in enumerate(tiny_run) if f != "--steps" and tiny_run[i - 1] != "--steps"]
+    records, _ = run(flags, tmp_path, *"--rejected iteration --iterations 3 --epochs 1 --batch_size 64 --lr 1e-3 2e-3 3e-3 --schedule constant".split())
+    assert [r["lr"] for r in records] == [1e-3, 2e-3, 3e-3]
+
+
+def test_epochs_are_permutations():
+    """Each epoch sees every row once, in another order; processes share a batch without overlap; the seed decides."""
+    s, rows = parse("--model m --data d --batch_size 6 --seed 1".split()), list(range(30))
+    class Rank:
+        size = 2
+        def __init__(self, rank):
+            self.rank = rank
+    steps = [[train.rows_of_step(s, rows, step, Rank(r)) for r in (0, 1)] for step in range(1, 11)]
+    epochs = [[row for both in steps[i:i + 5] for part in both for row in part] for i in (0, 5)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == rows and epochs[0] != epochs[1]
+    other = dataclasses.replace(s, seed=2)
+    assert train.rows_of_step(other, rows, 1, Rank(0)) != steps[0][0]
+
+
+def test_learning_rate():
+    """Linear warm-up to the peak, then each schedule's own course; warm-up in steps or as a share."""
+    def course(**changes):
+        s = dataclasses.replace(parse(["--model", "m", "--data", "d"]), **changes)
+        return [train.learning_rate(s, step, 10, 1.0) for step in range(1, 11)]
+    assert course(schedule="constant", warmup=4) == [0.25, 0.5, 0.75] + [1.0] * 7
+    assert course(schedule="linear", warmup=0.2) == pytest.approx([0.5, 1] + [1 - i / 9 for i in range(1, 9)])
+    assert course(schedule="inverse_sqrt", warmup=4)[-1] == pytest.approx(math.sqrt(4 / 10))
+    assert course(schedule="cosine", warmup=0)[4] == pytest.approx((1 + math.cos(math.pi * 5 / 11)) / 2)
+
+
+def test_column_pair():
+    """A row's own rejected response becomes a pair that starts where it leaves the chosen one."""
+    row = Row([1], [5, 6, 7, 2], [5, 6, 8, 2], 3, None, "")
+    assert column_pair(row) == Pair([1], [5, 6, 7, 2], [5, 6, 8, 2], 2, 3)
+    assert column_pair(dataclasses.replace(row, rejected=None)).start == 4
+
+
+def test_printed_pairs_are_told_apart_and_harmless():
+    """A, B, B' and C are found again from a pair; control characters in generated text never reach the terminal."""
+    pair = Pair([1], [10, 11, 12, 13, 2], [10, 21, 22, 13, 2], 1)
+    assert parts(pair, [2], 2) == ([10], [11, 12], [21, 22], [13, 2], False)
+    assert parts(pair._replace(rejected=[10, 2]), [2], 2) == ([10], [11, 12], [2], [13, 2], True)
+    assert ended_early(pair._replace(rejected=[10, 21, 2]), [2], 2) and not ended_early(pair, [2], 2)
+    assert printable("a\x1b[31mb\nc\x00") == "a\\x1b[31mb\\nc\\x00"
+
+
+def test_added_template_tokens_are_saved(tmp_path, tiny_run):
+    """A model that lacks the template's tokens gets them, resized before any copy is made, and saves them."""
+    source = tmp_path / "bare"
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    bare = Tokenizer(models.WordLevel({"</s>": 0, "x": 1, "y": 2, "?": 3}, unk_token="?"))
+    bare.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="</s>").save_pretrained(source)
+    tiny(vocab_size=4, pad_token_id=None, eos_token_id=0, bos_token_id=None).save_pretrained(source)
+    data = tmp_path / "d.jsonl"
+    data.write_text('{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y y y"}]}\n' * 60)
+    run(["--model", str(source), "--data", str(data), *"--chat_template chatml --max_len 32 --batch_size 2 --steps 2 --segment_len 2 --loss dpo".split()], tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "final")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "final")
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert len(tokenizer) == 6 == model.get_input_embeddings().num_embeddings
+    assert sorted(model.generation_config.eos_token_id) == [0, end] and "im_start" in tokenizer.chat_template
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+def command(*arguments, launcher=(sys.executable,), cwd=None):
+    """Run train.py as a user does; HF_HUB_OFFLINE stands for having no network."""
+    return subprocess.run([*launcher, str(HERE / "train.py"), *arguments], capture_output=True, text=True, cwd=cwd, timeout=280,
+                          env={**os.environ, "HF_HUB_OFFLINE": "1"})
+
+
+def test_command_line(tiny_run, tmp_path):
+    """A real run from another folder: exit 0, a header, a pair, a table; a second run gets a folder of its own, and what
+    is there is never overwritten."""
+    flags = [*tiny_run, "--buffer_size", "8", "--print_every", "3", "--eval_every", "2"]
+    for number in ("0001", "0002"):
+        done = command(*flags, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "runs" / number / "final" / "model.safetensors").exists()
+    for words in ("parameters", "12 held out", "settings", "  B' ", "exact_match", "difference"):
+        assert words in done.stdout
+    records = [json.loads(line) for line in (tmp_path / "runs/0001/metrics.jsonl").open()]
+    assert [r["step"] for r in records if "eval_nll" in r] == [2, 4]
+    again = command(*flags, "--out", "runs/0001", cwd=tmp_path)
+    assert again.returncode == 2 and "holds a run already" in again.stderr and "Traceback" not in again.stderr
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--los", "orpo"], "unrecognized"), (["--data", "nowhere.jsonl", "--model", "nowhere"], "nowhere"), (["@nowhere.txt"], "nowhere.txt"),
+    (["--loss", "sft", "--ref", "ema"], "makes no sense"), (["--model", "nowhere", "--data", str(HERE / "data" / "heldout.jsonl")], "not a causal"),
+])
+def test_mistakes_get_a_sentence(flags, words, tmp_path):
+    """A user's mistake: exit status 2, a sentence that names it, no traceback, no output folder."""
+    done = command(*flags, cwd=tmp_path)
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+
+
+def test_two_processes_equal_one(tiny_run, tmp_path):
+    """Plain ORPO on two processes gives the losses and weights of one process on the same global batch."""
+    flags = ["--rejected", "data", "--steps", "4"]
+    run(tiny_run, tmp_path / "one", *flags)
+    done = command(*tiny_run, *flags, "--out", str(tmp_path / "two"), launcher=TORCHRUN)
+    assert done.returncode == 0, done.stderr
+    one, two = ([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()] for name in ("one", "two"))
+    assert len(one) == len(two) == 4
+    for a, b in zip(one, two):
+        for name in ("loss", "nll", "chosen_logps", "rejected_logps", "reward_accuracy", "grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-5), name
+    for a, b in zip(weights(tmp_path / "one").values(), weights(tmp_path / "two").values()):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_every_metric_is_explained(tiny_run, tmp_path):
+    """The README's glossary has every key of metrics.jsonl and of summary.json, and no other."""
+    glossary = (HERE / "README.md").read_text().split("## Metrics")[1].split("\n## ")[0]
+    explained = set(re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in glossary.splitlines() if line.startswith("|"))))
+    records, summary = run(tiny_run, tmp_path, "--steps", "12", "--eval_every", "2")
+    logged = set().union(*records)
+    assert explained == {name for name in logged if not name.startswith("eval_")}
+    assert {f"eval_{name}" for name in summary["before"]} == {name for name in logged if name.startswith("eval_")}
+    assert all(f"`{name}`" in glossary for name in summary["before"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["--loss dpo", "--rejected iteration --iterations 2 --loss dpo", "--num_rejected 2 --skip_identical"])
+def test_two_processes_generate(flags, tiny_run, tmp_path):
+    """Methods that generate run on two processes: the buffer's size over both does not depend on their number, the ranks
+    see different prompts, and the losses stay finite."""
+    more = [] if "iteration" in flags else ["--buffer_size", "12"]
+    done = command(*tiny_run, *more, *flags.split(), "--out", str(tmp_path / "out"), launcher=TORCHRUN)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").open()]
+    assert len(records) == 6 and all(math.isfinite(v) for r in records for v in r.values())
+    if more and "skip" not in flags:
+        assert records[-1]["buffer_size"] == 12
+
+
+@pytest.mark.slow
+def test_the_demo(tmp_path):
+    """The main job, as the README has it: under 4 minutes, better than its start, and it says what it did."""
+    done = command(cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "runs/0001/summary.json").read_text())
+    assert summary["after"]["exact_match"] > summary["before"]["exact_match"]
+    assert "exact_match" in done.stdout
+
+
+@pytest.mark.parametrize("files, use", [
+    (["losses.py"], "losses.dpo_loss(*[torch.zeros(1)] * 4)"), (["buffer.py"], "buffer.ReplayBuffer(2).add(1)"),
+    (["ema.py"], "ema.EMA(torch.nn.Linear(1, 1))"), (["losses.py", "sapo.py"], "sapo.splice([1, 2], 0, 1, [3], 0)")])
+def test_modules_can_be_copied_alone(files, use, tmp_path):
+    """losses.py, buffer.py and ema.py each work in another project alone, sapo.py together with losses.py."""
+    for file in files:
+        (tmp_path / file).write_bytes((HERE / file).read_bytes())
+    module = files[-1].removesuffix(".py")
+    done = subprocess.run([sys.executable, "-c", f"import torch, {module}; {use}"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_readme_commands_are_what_ci_runs():
+    """The README's test command is the line that CI runs, the main job is there, and every recipe it names exists."""
+    readme, ci = (HERE / "README.md").read_text(), (HERE / ".ci" / "run").read_text()
+    for line in ("pip install -r requirements.txt && torchrun train.py", "pip install -r requirements.txt && python -m pytest -q"):
+        assert f"\n{line}\n" in readme
+    assert "\npip install -r requirements.txt && python -m pytest -q\n" in ci
+    for recipe in re.findall(r"@(recipes/[\w.-]+)", readme):
+        assert (HERE / recipe).exists()
