@@ -743,6 +743,37 @@ def test_shipped_model_is_small():
     assert AutoModelForCausalLM.from_pretrained(folder).config.model_type == "llama"
 
 
+def test_model_is_made_from_nothing(tmp_path, monkeypatch):
+    """data/make_tokenizer.py writes the shipped tokenizer and configuration again, and recipes/demo-sft.txt starts from
+    those two alone, without weights."""
+    spec = importlib.util.spec_from_file_location("make_tokenizer", HERE / "data" / "make_tokenizer.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    (tmp_path / "train.jsonl").write_bytes((HERE / "data" / "train.jsonl").read_bytes())
+    monkeypatch.setattr(script, "FOLDER", tmp_path)
+    script.main()
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / "model" / name).read_text() == (HERE / "data" / "model" / name).read_text()
+    made, shipped = (json.loads((folder / "model" / "config.json").read_text()) for folder in (tmp_path, HERE / "data"))
+    assert {k: made[k] for k in made if k != "dtype"} == {k: shipped.get(k) for k in made if k != "dtype"}
+    train.train(parse([f"@{HERE}/recipes/demo-sft.txt", "--model", str(tmp_path / "model"), *"--steps 1 --eval_rows 4 --batch_size 2 --print_every 0".split(),
+                       "--out", str(tmp_path / "out")]))
+    assert (tmp_path / "out" / "final" / "model.safetensors").exists()
+
+
+def test_rows_of_a_file(tmp_path, tokenizer):
+    """--rows takes a part of the file, numbered as in the whole; a part that is empty or misspelled is refused."""
+    file = tmp_path / "d.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"q {i}", "chosen": "a"}) + "\n" for i in range(40)))
+    def numbers(part):
+        s = parse(["--model", "m", "--data", str(file), "--rows", part])
+        return [row.number for row in load_data(s, Tokenize(tokenizer, 100, 200, use_rejected=False))[0]]
+    assert numbers("30:") == list(range(30, 40)) and numbers(":3") == [0, 1, 2] and numbers("5:7") == [5, 6]
+    for part in ("50:", "1-3"):
+        with pytest.raises(UserError, match="--rows"):
+            numbers(part)
+
+
 def test_check_worked_example():
     """passes(): every match counts, in order."""
     assert passes("[0-9]+", "2 + 3 = 5.", "2+3=5") and not passes("[0-9]+", "2+3=6", "2+3=5")
@@ -1019,8 +1050,8 @@ def test_every_metric_is_explained(tiny_run, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", ["--loss dpo", "--rejected iteration --iterations 2 --loss dpo", "--num_rejected 2 --skip_identical"])
 def test_two_processes_generate(flags, tiny_run, tmp_path):
-    """Methods that generate run on two processes: the buffer's size over both does not depend on their number, the ranks
-    see different prompts, and the losses stay finite."""
+    """Methods that generate run on two processes: the buffer's size over both does not depend on their number, and the
+    losses stay finite."""
     more = [] if "iteration" in flags else ["--buffer_size", "12"]
     done = command(*tiny_run, *more, *flags.split(), "--out", str(tmp_path / "out"), launcher=TORCHRUN)
     assert done.returncode == 0, done.stderr

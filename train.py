@@ -59,10 +59,7 @@ def learn(s: Settings, world: World, scorer, reference, pairs: list[Pair], beta:
     """Algorithm 1 line 15: gradients of the mean loss over all processes' pairs. Returns the means of what was seen."""
     how = {"average": s.loss != "dpo", "skip_shared": s.loss == "dpo", "nll_on": s.nll_on}
     total, = world.sum([len(pairs)])
-    names = ["loss", "nll", "chosen_logps"]
-    if s.loss != "sft":
-        names += ["rejected_logps", "chosen_rewards", "rejected_rewards", "margin"]
-    sums, preferred, different = torch.zeros(len(names), dtype=torch.float64), 0, 0
+    tallies = {}                                                        # name -> [sum, count]
     micro = batches(sorted(pairs, key=pair_length), s.micro_batch)      # alike lengths together: less padding
     for i, chunk in enumerate(micro):
         last = i + 1 == len(micro) or world.size == 1
@@ -73,13 +70,16 @@ def learn(s: Settings, world: World, scorer, reference, pairs: list[Pair], beta:
             losses, chosen_rewards, rejected_rewards = pair_losses(s, logps, reference_logps, beta)
             # DDP averages over processes; the mean is over pairs.
             (losses.sum() * world.size / total).backward()
-        margin = chosen_rewards - rejected_rewards
-        seen = (losses, logps[2], logps[0], logps[1], chosen_rewards, rejected_rewards, margin)
-        sums += torch.stack([x.detach().sum() for x in seen])[:len(names)].cpu()
-        unlike = [pair.chosen != pair.rejected for pair in chunk]       # the sign of an identical pair's margin is noise
-        preferred, different = preferred + int((margin.cpu() > 0)[unlike].sum()), different + sum(unlike)
-    tallies = {name: (value, len(pairs)) for name, value in zip(names, sums.tolist())}
-    return world.means(tallies | {"reward_accuracy": (preferred, different if s.loss != "sft" else 0)})
+        seen = {"loss": losses, "nll": logps[2], "chosen_logps": logps[0]}
+        if s.loss != "sft":
+            margin = chosen_rewards - rejected_rewards
+            differ = [pair.chosen != pair.rejected for pair in chunk]   # of an identical pair the margin's sign is noise
+            seen |= {"rejected_logps": logps[1], "chosen_rewards": chosen_rewards, "rejected_rewards": rejected_rewards,
+                     "margin": margin, "reward_accuracy": (margin > 0).float()[differ]}
+        for name, values in seen.items():
+            before = tallies.get(name, (0.0, 0))
+            tallies[name] = (before[0] + float(values.detach().sum()), before[1] + len(values))
+    return world.means(tallies)
 
 
 def pair_length(pair: Pair) -> int:

@@ -38,8 +38,8 @@ def main():
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(FOLDER / "model")
     end = tokenizer.eos_token_id
-    LlamaConfig(vocab_size=len(tokenizer), hidden_size=160, intermediate_size=448, num_hidden_layers=4,
-                num_attention_heads=5, num_key_value_heads=5, max_position_embeddings=512, tie_word_embeddings=True,
+    LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=4,
+                num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
                 bos_token_id=None, eos_token_id=end, pad_token_id=end, dtype="float32",
                 architectures=["LlamaForCausalLM"]).save_pretrained(FOLDER / "model")
 

@@ -218,7 +218,11 @@ class Tokenize:
 
 def load_data(settings, tokenize: Tokenize) -> tuple[list[Row], list[Row]]:
     """Training and held-out rows. Without --eval_data every k-th row is held out: 2% of them, at most 200."""
-    rows = [tokenize(row, where, i) for i, (where, row) in enumerate(read_rows(settings.data))]
+    start, _, stop = (settings.rows or ":").partition(":")
+    used = list(enumerate(read_rows(settings.data)))[int(start or 0):int(stop) if stop else None]
+    if not used:
+        raise UserError(f"--rows {settings.rows}: {settings.data} has no such rows")
+    rows = [tokenize(row, where, i) for i, (where, row) in used]
     if settings.eval_data:
         held = [tokenize(row, where, i) for i, (where, row) in enumerate(read_rows(settings.eval_data))]
     else:

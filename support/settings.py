@@ -1,6 +1,7 @@
 """The settings of a run: one dataclass, the command line built from it, and what makes no sense together."""
 import argparse
 import dataclasses
+import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ class Settings:
     # what goes in and out
     model: str = setting(None, "folder or hub name of the model to start from (none: the demo, recipes/demo.txt)")
     data: str = setting(None, "training rows: a .jsonl or .json file, or a folder of them")
+    rows: str = setting(None, "which rows of --data to use, as FROM:TO, the first being 0 (none: all)")
     eval_data: str = setting(None, "held-out rows (none: a fixed 2%% of the data, at most 200 rows, is held out)")
     out: str = setting(None, "output folder (none: a fresh runs/NNNN)")
     chat_template: str = setting(None, "replace the tokenizer's chat template (paper, Appendix B)", ["chatml", "vicuna"])
@@ -85,7 +87,8 @@ def parse(argv: list[str]) -> Settings:
     given = vars(parser.parse_args(argv))
     defaults = {} if "model" in given else vars(parser.parse_args([f"@{DEMO}"]))
     if "data" in given:
-        defaults.pop("eval_data", None)         # the demo's, of no use for other data
+        for name in ("eval_data", "rows"):      # the demo's, of no use for other data
+            defaults.pop(name, None)
     if given.get("loss", defaults.get("loss")) != defaults.get("loss"):
         defaults.pop("lr", None)                # tuned for the demo's own loss
     return resolve(Settings(**{**defaults, **given}), explicit=set(given))
@@ -173,6 +176,8 @@ def check_ranges(s: Settings) -> None:
         raise UserError(f"--max_prompt_len {s.max_prompt_len} leaves no room for a response in --max_len {s.max_len}")
     if 0 < s.buffer_size < s.batch_size:
         raise UserError(f"--buffer_size {s.buffer_size} is smaller than --batch_size {s.batch_size}: a batch could never be drawn")
+    if s.rows is not None and not re.fullmatch(r"\d*:\d*", s.rows):
+        raise UserError(f"--rows takes FROM:TO, such as 0:2500 or 2500:, not {s.rows}")
     if s.data is None:
         raise UserError("--data is missing: name a .jsonl or .json file, or a folder of them")
 
