@@ -1,6 +1,7 @@
 """The settings of a run: one dataclass, the command line built from it, and what makes no sense together."""
 import argparse
 import dataclasses
+import os
 import re
 import shlex
 from dataclasses import dataclass, field
@@ -86,6 +87,8 @@ def parse(argv: list[str]) -> Settings:
     parser = make_parser()
     given = vars(parser.parse_args(argv))
     defaults = {} if "model" in given else vars(parser.parse_args([f"@{DEMO}"]))
+    for name in {"model", "data", "eval_data"} & set(defaults):     # the demo's own, whatever folder this is run from
+        defaults[name] = os.path.relpath(REPOSITORY / defaults[name])
     if "data" in given:
         for name in ("eval_data", "rows"):      # the demo's, of no use for other data
             defaults.pop(name, None)
