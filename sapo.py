@@ -91,13 +91,14 @@ def make_pairs(model, examples: Sequence[Example], segment_len: int, rng: np.ran
     """
     if segment_eos not in ("stop", "forbid"):
         raise ValueError(f"segment_eos must be 'stop' or 'forbid', not {segment_eos!r}")
-    spans = [choose_segment(len(e[1]), segment_len or len(e[1]), rng) for e in examples]
+    examples = [Example(*example) for example in examples]
+    spans = [choose_segment(len(e.chosen), segment_len or len(e.chosen), rng) for e in examples]
     segments = generate_segments(
-        model, [[*e[0], *e[1][:start]] for e, (start, _) in zip(examples, spans)],
+        model, [[*e.prompt, *e.chosen[:start]] for e, (start, _) in zip(examples, spans)],
         [stop - start for start, stop in spans] if segment_len else max_new_tokens, eos_token_id=eos_token_id,
         temperature=temperature, top_k=top_k, top_p=top_p, num_return=num_rejected, generator=generator,
-        forbid_eos=[segment_eos == "forbid" and stop < len(e[1]) for e, (_, stop) in zip(examples, spans)])
-    return [Pair(e[0], e[1], splice(e[1], start, stop, segment, eos_token_id), start, *e[2:3] or (-1,), step)
+        forbid_eos=[segment_eos == "forbid" and stop < len(e.chosen) for e, (_, stop) in zip(examples, spans)])
+    return [Pair(e.prompt, e.chosen, splice(e.chosen, start, stop, segment, eos_token_id), start, e.row, step)
             for e, (start, stop), rewrites in zip(examples, spans, segments) for segment in rewrites]
 
 
