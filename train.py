@@ -26,7 +26,7 @@ from losses import dpo_loss, orpo_loss
 from sapo import Pair, check_generation, pair_logps, probe
 from support.checkpoint import check_ids, end_token_ids, load_model, new_run_folder, save_model
 from support.evaluate import Evaluation, batches, column_pair, write_pairs
-from support.parallel import World
+from support.parallel import World, leave
 from support.report import Clock, Report, buffer_statistics, header, pair_statistics, peak_memory_mib
 from support.rows import Tokenize, load_data
 from support.settings import Settings, UserError, parse
@@ -245,16 +245,18 @@ def train(s: Settings) -> None:
     if world.is_main:
         save_model(policy, tokenizer, ends, folder / "final")
     report.summary(before, after)
-    world.close()
 
 
 def main() -> None:
+    status = 0
     try:
         train(parse(sys.argv[1:]))
     except UserError as error:
+        status = 2
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    leave()
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """Several processes: started by torchrun, one a device, each with its share of every batch (DDP)."""
+import gc
 import os
 
 import torch
@@ -67,9 +68,16 @@ class World:
         dist.all_gather_object(things, thing)
         return things
 
-    def close(self) -> None:
-        if self.size > 1:
-            dist.destroy_process_group()
+
+def leave() -> None:
+    """End the process group before Python ends; call it when nothing of the run is referenced any more.
+
+    A DDP wrapper keeps the group alive, and with it gloo's threads, which abort the process when one of them lets go of
+    a tensor while the interpreter is being torn down.
+    """
+    if dist.is_available() and dist.is_initialized():
+        gc.collect()
+        dist.destroy_process_group()
 
 
 def cores() -> int:
