@@ -238,7 +238,8 @@ def train(s: Settings) -> None:
             record |= report.evaluation(step, evaluate(policy))
         report.step(record)
         if s.print_every and (step - 1) % s.print_every == 0 and write.model is not None:
-            report.pair(new[0], tokenizer, ends, s.segment_len)
+            shown = next((pair for pair in new if pair.chosen != pair.rejected), new[0])
+            report.pair(shown, tokenizer, ends, s.segment_len)
 
     report.close()
     after = evaluate(policy)
