@@ -996,6 +996,22 @@ def test_added_template_tokens_are_saved(tmp_path, tiny_run):
     assert sorted(model.generation_config.eos_token_id) == [0, end] and "im_start" in tokenizer.chat_template
 
 
+def test_odd_model_folders(tiny_run, tmp_path):
+    """A generation config that transformers loads but refuses to save costs no run its weights; a tokenizer with ids
+    beyond the embedding is refused with a sentence, before any folder is made."""
+    odd = tmp_path / "odd"
+    AutoModelForCausalLM.from_pretrained(tiny_run[1]).save_pretrained(odd)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_run[1])
+    tokenizer.save_pretrained(odd)
+    (odd / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.9, "eos_token_id": 5}')
+    run([*tiny_run, "--model", str(odd)], tmp_path / "saved", "--steps", "1")
+    assert (tmp_path / "saved" / "final" / "model.safetensors").exists()
+    tiny(vocab_size=50, eos_token_id=1, pad_token_id=1, bos_token_id=None).save_pretrained(odd)
+    with pytest.raises(UserError, match="embedding has 50"):
+        run([*tiny_run, "--model", str(odd)], tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+
+
 # ------------------------------------------------------------------------------------------------ the command line
 
 def command(*arguments, launcher=(sys.executable,), cwd=None):

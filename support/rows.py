@@ -202,11 +202,10 @@ class Tokenize:
         if not full.startswith(text):
             return self._plain(answer)
         before, said, after = full[len(text):].removesuffix(self.turn_tail).partition(answer.strip())
-        own = [self.tokenizer(part, add_special_tokens=False)["input_ids"] if part.strip() else self._plain(part) if part else []
-               for part in (before, after)]
-        if not before.strip() and not after.strip():        # nothing but the answer, and spaces it may have merged with
+        if not (before + after).strip():        # nothing but the answer, and spaces it may have merged with
             return self._plain(before + said + after)
-        return [*own[0], *self._plain(said), *own[1]]
+        before, after = (self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after))
+        return [*before, *self._plain(said), *after]
 
     def _cut_prompt(self, ids: list[int]) -> list[int]:
         """A long prompt loses its start, the part furthest from the answer; a BOS stays."""
