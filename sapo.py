@@ -10,6 +10,8 @@ Everything is token ids: nothing is ever decoded and tokenized again. B is the n
 length, D the hidden size, V the vocabulary. Needs torch, transformers and losses.py.
 """
 import contextlib
+import warnings
+import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -76,7 +78,7 @@ def splice(response: Sequence[int], start: int, stop: int, segment: Sequence[int
     return [*response[:start], *segment, *response[stop:]]
 
 
-def make_pairs(model, examples: Sequence[Example], segment_len: int, rng: np.random.Generator, *,
+def make_pairs(model, examples: Sequence[Example], segment_len: int, rng: np.random.Generator | Sequence[np.random.Generator], *,
                eos_token_id: int | Sequence[int] | None, num_rejected: int = 1, max_new_tokens: int | Sequence[int] = 256,
                segment_eos: str = "stop", step: int = 0, temperature: float = 0.7, top_k: int = 50,
                top_p: float = 0.95, generator: torch.Generator | None = None) -> list[Pair]:
@@ -84,7 +86,7 @@ def make_pairs(model, examples: Sequence[Example], segment_len: int, rng: np.ran
 
     examples: (prompt, chosen[, row]) tuples of token ids, such as Example. segment_len: N_seg; 0 rewrites the whole
     response, until an end token or max_new_tokens (one number or one an example; SPIN, "no segment"). rng draws the
-    segments, generator the tokens.
+    segments (one generator, or one an example), generator the tokens.
     num_rejected: rewrites of each example, all of the same segment, so that the prompt is read once for all of them.
     segment_eos: "stop" ends y- at an end token in B'; "forbid" bans end tokens in B' wherever a C follows.
     Returns num_rejected pairs an example, in the order of the examples. Raises ValueError on an empty response.
@@ -92,7 +94,7 @@ def make_pairs(model, examples: Sequence[Example], segment_len: int, rng: np.ran
     if segment_eos not in ("stop", "forbid"):
         raise ValueError(f"segment_eos must be 'stop' or 'forbid', not {segment_eos!r}")
     examples = [Example(*example) for example in examples]
-    spans = [choose_segment(len(e.chosen), segment_len or len(e.chosen), rng) for e in examples]
+    spans = [choose_segment(len(e.chosen), segment_len or len(e.chosen), r) for e, r in zip(examples, one_each(rng, examples, "rngs"))]
     segments = generate_segments(
         model, [[*e.prompt, *e.chosen[:start]] for e, (start, _) in zip(examples, spans)],
         [stop - start for start, stop in spans] if segment_len else max_new_tokens, eos_token_id=eos_token_id,
@@ -116,24 +118,25 @@ class KVCache:
     position hold leftovers, which the mask hides until the row gets there and overwrites them.
     """
 
-    def __init__(self, capacity: int):
-        self.capacity = capacity        # columns
+    def __init__(self, rows: int, capacity: int):
+        self.rows, self.capacity = rows, capacity       # capacity: columns
         self.keys, self.values = {}, {}         # layer -> (B, heads, capacity, head size)
-        self.position = None            # (B,) column each row writes next; None while a block of columns 0.. is written
+        self.position = None            # (B,) column each row writes next; None while blocks are written, columns 0..
+        self.block = slice(0, rows)     # the rows that such a block belongs to
         self.length = 0                 # columns that may hold something: attention looks no further
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Write new keys and values (B, heads, new tokens, head size); return all, (B, heads, length, head size)."""
+        """Write new keys and values (B, heads, new tokens, head size); return all those rows have, (B, heads, length, head size)."""
         return self._write(self.keys, keys, layer_idx), self._write(self.values, values, layer_idx)
 
     def _write(self, layers: dict, new: Tensor, layer_idx: int) -> Tensor:
         if layer_idx not in layers:     # zeros: a hidden column is multiplied by 0, and 0 times garbage may be NaN
-            layers[layer_idx] = new.new_zeros(*new.shape[:2], self.capacity, new.shape[3])
+            layers[layer_idx] = new.new_zeros(self.rows, new.shape[1], self.capacity, new.shape[3])
         store = layers[layer_idx]
         if self.position is None:
-            store[:, :, :new.shape[2]] = new
-        else:
-            store[torch.arange(len(store), device=store.device), :, self.position] = new[:, :, 0]
+            store[self.block, :, :new.shape[2]] = new
+            return new
+        store[torch.arange(store.shape[0], device=store.device), :, self.position] = new[:, :, 0]
         return store[:, :, :self.length]
 
     def keep_rows(self, rows: Tensor) -> None:
@@ -166,62 +169,110 @@ def generate_segments(model, prefixes: Sequence[Sequence[int]], max_new_tokens: 
         raise ValueError("a prefix needs at least one token")
     if not len(prefixes) or not max(limits):
         return [[[] for _ in range(num_return)] for _ in prefixes]
-    check_generation(model)
+    record = check_generation(model)
     with eval_mode(model):
         lists = _generate(model, prefixes, limits, forbid, end_tokens(eos_token_id), num_return,
-                          lambda logits: sample_tokens(logits, temperature, top_k, top_p, generator))
+                          lambda logits: sample_tokens(logits, temperature, top_k, top_p, generator), record)
     return [lists[i * num_return:(i + 1) * num_return] for i in range(len(prefixes))]
 
 
-def _generate(model, prefixes, limits, forbid, ends, num_return, choose) -> list[list[int]]:
+def _generate(model, prefixes, limits, forbid, ends, num_return, choose, record) -> list[list[int]]:
     """generate_segments without its checks; choose: logits (B, V) -> tokens (B,). Returns len(prefixes) * num_return lists."""
     device = next(model.parameters()).device
-    ends = torch.tensor(ends, dtype=torch.long, device=device)
-    ids = torch.tensor(pad(prefixes), device=device)                                            # (prefixes, T)
-    longest = ids.shape[1]
-    cache = KVCache(capacity=longest + max(limits))
-    # Prefill: every prefix but its last token, which is the first one decoded. Padding is on the right and each row's
-    # own tokens look back only, so it changes nothing.
-    if longest > 1:
-        cache.length = longest - 1
-        columns = torch.arange(cache.length, device=device)[None]
-        model.base_model(input_ids=ids[:, :-1], position_ids=columns.expand(len(ids), -1), past_key_values=cache, use_cache=True,
-                         attention_mask=attention_mask(model, columns[:, :, None] >= columns[:, None], columns, columns))
+    order = sorted(range(len(prefixes)), key=lambda i: len(prefixes[i]))
+    lengths = [len(prefixes[i]) for i in order]
+    ids = torch.tensor(pad([prefixes[i] for i in order]), device=device)                        # (prefixes, T)
+    cache = KVCache(len(order), lengths[-1] + max(limits))
+    columns = torch.arange(cache.capacity, device=device)[None]
+    # Prefill: every prefix but its last token, which is the first one decoded; four groups of like lengths, for less
+    # padding. That is on the right and each row's own tokens look back only, so it changes nothing.
+    size = max(4, -(-len(order) // 4))
+    for start in range(0, len(order), size):
+        cache.block = slice(start, start + size)
+        block = ids[cache.block, :max(1, lengths[cache.block][-1] - 1)]
+        seen = columns[:, :block.shape[1]]
+        model.base_model(input_ids=block, position_ids=seen.expand(len(block), -1), past_key_values=cache, use_cache=True,
+                         attention_mask=attention_mask(model, seen[:, :, None] >= seen[:, None], seen, seen))
 
-    source = torch.arange(len(ids), device=device).repeat_interleave(num_return)               # prefix of each row, (B,)
-    cache.keep_rows(source)
-    position = torch.tensor([len(prefix) - 1 for prefix in prefixes], device=device)[source]
-    limit, forbid = torch.tensor(limits, device=device)[source], torch.tensor(forbid, device=device)[source]
-    token = ids[source, position]
-    rows = torch.arange(len(source), device=device)         # which list each row still running writes to
-    out = torch.full((len(source), max(limits)), -1, device=device)
-    for step in range(max(limits)):
-        cache.position, cache.length = position, longest + step
-        columns = torch.arange(cache.length, device=device)[None]
-        mask = attention_mask(model, (columns <= position[:, None])[:, None], position[:, None], columns)
-        logits = model(input_ids=token[:, None], position_ids=position[:, None], attention_mask=mask,
-                       past_key_values=cache, use_cache=True).logits[:, -1].float()             # (B, V)
+    source = torch.arange(len(order), device=device).repeat_interleave(num_return)             # prefix of each row, (B,)
+    if num_return > 1:
+        cache.keep_rows(source)
+    rows = [i * num_return + j for i in order for j in range(num_return)]       # list that each row writes to
+    limits, forbid = ([values[i // num_return] for i in range(len(rows))] for values in (limits, forbid))
+    position = torch.tensor(lengths, device=device)[source] - 1
+    token, forbid = ids[source, position], torch.tensor([forbid[i] for i in rows], device=device)
+    lists = [[] for _ in rows]
+    for n in range(max(limits)):
+        seen = columns[:, :lengths[-1] + n]
+        mask = attention_mask(model, (seen <= position[:, None])[:, None], position[:, None], seen)
+        inputs = (token, position, mask, seen, cache.keys, cache.values)
+        if n == 0:
+            step = recorded_step(model, inputs) if record else Step(model)
+        logits = step(*inputs).float()                                                          # (B, V)
         logits[:, ends] = logits[:, ends].masked_fill(forbid[:, None], -torch.inf)
-        token = choose(logits)
-        running = step < limit
-        out[rows[running], step] = token[running]
-        limit = limit.masked_fill(torch.isin(token, ends), 0)
-        position = position + 1
+        token, position = choose(logits), position + 1
+        for i, t in zip(rows, token.tolist()):
+            if limits[i]:
+                lists[i].append(t)
+                limits[i] = 0 if t in ends else limits[i] - 1
         # A finished row costs as much as a running one; leaving it out costs a copy of the cache. So wait for a quarter.
-        keep = (step + 1 < limit).nonzero()[:, 0]
-        if len(keep) == 0:
+        running = [row for row, i in enumerate(rows) if limits[i]]
+        if not running:
             break
-        if len(keep) <= 0.75 * len(rows):
+        if len(running) <= 0.75 * len(rows):
+            rows, keep = [rows[row] for row in running], torch.tensor(running, device=device)
             cache.keep_rows(keep)
-            rows, token, position, limit, forbid = (x[keep] for x in (rows, token, position, limit, forbid))
-    return [[t for t in row if t >= 0] for row in out.tolist()]
+            token, position, forbid = token[keep], position[keep], forbid[keep]
+    return lists
 
 
-def one_each(value, prefixes, name: str) -> list:
-    """One value for all prefixes, or a sequence of one a prefix, as a list."""
-    values = np.broadcast_to(value, len(prefixes)).tolist() if np.ndim(value) == 0 else list(value)
-    if len(values) != len(prefixes):
-        raise ValueError(f"{len(prefixes)} prefixes, but {len(values)} {name}")
+class Step(torch.nn.Module):
+    """One decode step as a function of tensors alone, which is what torch.jit.trace can record."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, token: Tensor, position: Tensor, mask, columns: Tensor, keys: dict, values: dict) -> Tensor:
+        """token: (B,), the next one of each row, at position (B,); columns: (1, length). Returns the logits after it, (B, V)."""
+        cache = KVCache(0, 0)
+        cache.keys, cache.values, cache.position, cache.length = keys, values, position, columns.shape[1]
+        return self.model(input_ids=token[:, None], position_ids=position[:, None], attention_mask=mask,
+                          past_key_values=cache, use_cache=True).logits[:, -1]
+
+
+RECORDED = weakref.WeakKeyDictionary()      # model -> (where its weights lay, its step or None): no part of the model, so copying and saving it stay plain
+
+
+def recorded_step(model, inputs):
+    """Step(model) recorded by torch.jit.trace, so that no Python runs in it: on a CPU that halves a small model's time a
+    token. Recorded once a model; it goes with weights that change in place, and with inputs of any size.
+
+    A step in which Python decides something by a tensor's values would be recorded as it fell this once; jit warns of
+    that, and such a model runs as it is. What torch and transformers' attention function ask is about sizes, which are
+    recorded rightly.
+    """
+    weights = [p.data_ptr() for p in model.parameters()]
+    if RECORDED.get(model, (None, None))[0] != weights:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for sizes_only in (r"torch\.(?!jit)", r"transformers\.integrations\.sdpa_attention"):
+                warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=sizes_only)
+            try:
+                step = torch.jit.trace(Step(model), inputs, check_trace=False)
+            except Exception:           # whatever a model does that jit can't record
+                step = None
+        if any(issubclass(warning.category, torch.jit.TracerWarning) for warning in caught):
+            step = None
+        RECORDED[model] = weights, step
+    return RECORDED[model][1] or Step(model)
+
+
+def one_each(value, things, name: str) -> list:
+    """One value for all things, or a sequence of one for each, as a list."""
+    values = [value] * len(things) if np.ndim(value) == 0 else list(value)
+    if len(values) != len(things):
+        raise ValueError(f"{len(values)} {name} for {len(things)} sequences")
     return values
 
 
@@ -403,25 +454,30 @@ def trial(model):
             config.sliding_window = window
 
 
-def check_generation(model) -> None:
+def check_generation(model) -> bool:
     """Does decoding with KVCache give what the model gives without a cache? Tried on first use, kept on the model.
 
-    Raises ValueError for a model whose attention can't work with this cache, or has none (Mamba).
+    Returns whether the decode step may be recorded (see recorded_step). Raises ValueError for a model whose attention
+    can't work with this cache, or has none (Mamba).
     """
     if not hasattr(model, "_sapo_generates"):
+        on_cpu = next(model.parameters()).device.type == "cpu"      # where Python is what is slow; a GPU wants CUDA graphs
         with trial(model) as token:
             prefixes = [token[:9], token[9:23]]
-            try:
-                answers = _generate(model, prefixes, [6, 6], [False, False], [], 1, lambda logits: logits.argmax(-1))
-                for prefix, answer in zip(prefixes, answers):
-                    logits = model(torch.tensor([prefix + answer[:-1]], device=model.device)).logits[0, len(prefix) - 1:].float()
-                    best = logits.max(-1).values
-                    chosen = logits[range(len(answer)), answer]
-                    if not torch.allclose(best, chosen, rtol=1e-2, atol=1e-2):
-                        raise ValueError("its tokens differ from those it gives without a cache")
-            except Exception as error:          # whatever a model raises at a cache it does not know
-                raise ValueError(f"{type(model).__name__} can't generate with KVCache: {error}") from error
-        model._sapo_generates = True
+            for record in (True, False) if on_cpu else (False,):
+                try:
+                    answers = _generate(model, prefixes, [3, 6], [False, False], [], 1, lambda logits: logits.argmax(-1), record)
+                    for prefix, answer in zip(prefixes, answers):
+                        logits = model(torch.tensor([prefix + answer[:-1]], device=model.device)).logits[0, len(prefix) - 1:].float()
+                        if not torch.allclose(logits.max(-1).values, logits[range(len(answer)), answer], rtol=1e-2, atol=1e-2):
+                            raise ValueError("its tokens differ from those it gives without a cache")
+                    break
+                except Exception as error:      # whatever a model raises at a cache it does not know
+                    reason = error
+            else:
+                raise ValueError(f"{type(model).__name__} can't generate with KVCache: {reason}") from reason
+        model._sapo_generates = record
+    return model._sapo_generates
 
 
 def probe(model) -> tuple[bool, bool]:

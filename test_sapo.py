@@ -226,6 +226,41 @@ def greedy(model, prefix, limit, ends):
     return out[0, len(prefix):].tolist()
 
 
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "mixtral", "falcon", "opt", "olmo2"])
+def test_recorded_step_changes_nothing(name):
+    """A recorded decode step gives the logits of the model's own, bit for bit: at other batch sizes and lengths than it
+    was recorded at, after the weights moved in place, and in a copy of the model, which records its own."""
+    model, rng = tiny(name, n_positions=160, ffn_dim=64, word_embed_proj_dim=32), np.random.default_rng(5)
+    for prefixes in ([random_ids(rng, n) for n in (3, 8)], [random_ids(rng, n) for n in (21, 2, 30, 11, 40)]):
+        for moved in (False, True):
+            if moved:
+                with torch.no_grad():
+                    torch._foreach_mul_(list(model.parameters()), 1.1)
+            for one in (model, copy.deepcopy(model)):
+                check_same_steps(one, prefixes)
+    assert sapo.RECORDED[model][1] is not None and sapo.RECORDED[one][1] is not sapo.RECORDED[model][1]
+    with torch.no_grad():
+        torch._foreach_mul_(list(model.parameters()), 0.5)      # the copy has its own weights
+    check_same_steps(one, prefixes)
+
+
+def check_same_steps(model, prefixes):
+    found = []
+    for record in (True, False):
+        seen = []
+        sapo._generate(model, prefixes, [5, 9] * len(prefixes), [False] * len(prefixes), [], 2, lambda logits: (seen.append(logits), logits.argmax(-1))[1], record)
+        found.append(torch.cat(seen))
+    assert torch.equal(*found)
+
+
+def test_steps_that_depend_on_values_are_not_recorded():
+    """A model that decides something in Python by a tensor's values is never recorded, since that would be recorded as it
+    fell this once: a rope that changes with the largest position; it still decodes right."""
+    model, prefix = tiny(rope_scaling={"rope_type": "dynamic", "factor": 4.0}), [5, 6, 7]
+    assert generate_segments(model, [prefix], 5, eos_token_id=None, temperature=0) == [[greedy(model, prefix, 5, None)]]
+    assert sapo.RECORDED[model][1] is None
+
+
 @pytest.mark.parametrize("temperature, top_k, top_p", [(0.7, 50, 0.95), (1.0, 0, 1.0), (1.5, 4, 1.0), (1.0, 0, 0.3), (0.7, 6, 0.8)])
 def test_sampling_distribution(temperature, top_k, top_p):
     """Two sampled tokens are distributed as transformers' own temperature, top-k and top-p say (chi-square), and the
@@ -742,8 +777,8 @@ def test_demo_has_something_to_learn_from():
     s = parse([])
     model, tokenizer = load_model(s, "cpu")
     tokenize = Tokenize(tokenizer, s.max_prompt_len, s.max_len, use_rejected=False)
-    rows, ends = load_data(s, tokenize)[0][:800], end_token_ids(model, tokenizer, tokenize.turn_end)
-    pairs = support.evaluate.write_pairs(s, model, rows, ends, np.random.default_rng(0), torch.Generator().manual_seed(0), 1)
+    rows, ends = load_data(s, tokenize)[0], end_token_ids(model, tokenizer, tokenize.turn_end)
+    pairs = support.evaluate.write_pairs(s, model, rows, ends, [[row.number] for row in rows], torch.Generator().manual_seed(0), 1)
     tallies = pair_statistics(pairs, {row.number: row for row in rows}, tokenizer, ends, s.segment_len)
     shares = {name: total / count for name, (total, count) in tallies.items()}
     assert shares["identical"] < 0.6 and shares["worse"] > 0.5
@@ -868,7 +903,7 @@ def test_rejected_column_is_ignored(flags, tiny_run, tmp_path):
 
 def test_algorithm_1_order(tiny_run, tmp_path, monkeypatch):
     """The loop is Algorithm 1: pairs are written by the EMA model, stored, drawn; the EMA model moves on every second
-    optimizer step and only then; the buffer never holds more than its size."""
+    optimizer step and only then, and is asked once for the steps in between; the buffer never holds more than its size."""
     events, updates = [], []
     make, add, sample, update = support.evaluate.make_pairs, ReplayBuffer.add, ReplayBuffer.sample, EMA.update
     monkeypatch.setattr(support.evaluate, "make_pairs", lambda model, *a, **k: events.append(("write", model)) or make(model, *a, **k))
@@ -877,10 +912,41 @@ def test_algorithm_1_order(tiny_run, tmp_path, monkeypatch):
     monkeypatch.setattr(EMA, "update", lambda self, model: (events.append(("ema", self.model)), updates.append(update(self, model)))[1])
     run(tiny_run, tmp_path)
     events = events[1:]                                     # the first was the evaluation's own held-out pairs
-    assert [name for name, _ in events] == (["write"] + ["store"] * 4 + ["draw", "ema"]) * 6
+    assert [name for name, _ in events] == (["write"] + (["store"] * 4 + ["draw", "ema"]) * 2) * 3
     ema_model = next(thing for name, thing in events if name == "ema")
     assert all(thing is ema_model for name, thing in events if name in ("write", "ema"))
     assert updates == [False, True] * 3 and max(size for name, size in events if name == "store") <= 8
+
+
+@pytest.mark.parametrize("ema_every, grouped", [(2, 3), (3, 2), (4, 2)])
+def test_grouping_changes_nothing(ema_every, grouped, tiny_run, tmp_path, monkeypatch):
+    """Segments of all steps between two EMA refreshes are written in one batch, and each step stores what it would have
+    stored alone: greedy, the buffer gets the same pairs at every step, and the weights end the same."""
+    calls, added = [], []
+    make, add = support.evaluate.make_pairs, ReplayBuffer.add
+    monkeypatch.setattr(support.evaluate, "make_pairs", lambda model, examples, *a, **k: calls[-1].append(len(examples)) or make(model, examples, *a, **k))
+    monkeypatch.setattr(ReplayBuffer, "add", lambda self, item: (added[-1].append(item), add(self, item))[1])
+    for room in (4, 64):
+        calls.append([]), added.append([])
+        run(tiny_run, tmp_path / str(room), "--temperature", "0", "--ema_every", str(ema_every), "--generate_batch", str(room))
+    assert calls[0][3:] == [4] * 6 and len(calls[1][1:]) == grouped and sum(calls[1][1:]) == 24    # before: held-out pairs
+    assert [pair.step for pair in added[0]] == sorted([*range(1, 7)] * 4) and added[0] == added[1]
+    assert any(pair.chosen != pair.rejected for pair in added[0])
+    for one, other in zip(weights(tmp_path / "4").values(), weights(tmp_path / "64").values()):
+        assert torch.equal(one, other)
+
+
+def test_segments_do_not_depend_on_the_batch():
+    """Where a row's segment lies depends on its own seed alone: not on the other rows, their order, or the batch size."""
+    s, model = parse("--model m --data d --segment_len 5 --temperature 0".split()), tiny()
+    rng = np.random.default_rng(4)
+    rows = [Row(random_ids(rng, n), random_ids(rng, n + 9), None, n, None, "") for n in (9, 3, 14, 5, 7)]
+    def pairs(rows, size):
+        seeds = [[row.number] for row in rows]
+        return support.evaluate.write_pairs(dataclasses.replace(s, generate_batch=size), model, rows, [2], seeds, None, 2)
+    together, reversed_one_by_one = pairs(rows, 64), pairs(rows[::-1], 1)
+    assert [pair.row for pair in together] == [n for n in (9, 3, 14, 5, 7) for _ in range(2)]
+    assert sorted(together) == sorted(reversed_one_by_one) and len({pair.start for pair in together}) > 2
 
 
 @pytest.mark.parametrize("ref, fresh", [("fixed", [1]), ("policy", [1, 4]), ("ema", [1])])

@@ -122,38 +122,58 @@ def rows_of_step(s: Settings, rows: list, step: int, world: World) -> list:
 
 
 class Writer:
-    """Algorithm 1 lines 7 to 10: makes the pairs of a step, as --rejected says.
+    """Algorithm 1 lines 6 to 10: makes the pairs of a step, as --rejected says.
 
     ema, policy: `model` rewrites segments as training goes on. iteration (SPIN): it does so once for all rows at the
     start of an iteration. data: the rejected response is the row's own. With --loss sft there is none.
     """
 
-    def __init__(self, s: Settings, world: World, model, ends: list[int]):
-        self.s, self.world, self.model, self.ends, self.cache = s, world, model, ends, {}
+    def __init__(self, s: Settings, world: World, model, ends: list[int], rows: list, steps: int):
+        self.s, self.world, self.model, self.ends, self.rows, self.steps = s, world, model, ends, rows, steps
+        self.answers = {}       # SPIN: row number -> its pairs
+        self.ready = {}         # step -> its pairs, written ahead
 
-    def start_iteration(self, rows: list, number: int) -> None:
+    def start_iteration(self, number: int) -> None:
         """SPIN: answer every prompt with the model as it is now; each process takes its share, all get all."""
-        mine = sorted(rows[self.world.rank::self.world.size], key=lambda row: len(row.prompt))
-        pairs = self._generate(mine, ANSWER, number)
-        self.cache = {}
+        mine = self.rows[self.world.rank::self.world.size]
+        pairs = self._generate(mine, [[ANSWER, self.s.seed, number, row.number] for row in mine])
+        self.answers = {}
         for fields in (fields for part in self.world.gather([tuple(pair) for pair in pairs]) for fields in part):
             pair = Pair(*fields)
-            self.cache.setdefault(pair.row, []).append(pair)
+            self.answers.setdefault(pair.row, []).append(pair)
 
-    def __call__(self, rows: list, step: int) -> list[Pair]:
+    def __call__(self, step: int) -> list[Pair]:
+        if self.s.rejected in ("ema", "policy") and self.s.loss != "sft":
+            if step not in self.ready:
+                self._write_ahead(step)
+            return self.ready.pop(step)
+        rows = rows_of_step(self.s, self.rows, step, self.world)
         if self.s.loss == "sft":
             return [Pair(row.prompt, row.chosen, row.chosen, len(row.chosen), row.number, step) for row in rows]
         if self.s.rejected == "data":
             return [column_pair(row)._replace(step=step) for row in rows]
-        if self.s.rejected == "iteration":
-            return [pair._replace(step=step) for row in rows for pair in self.cache[row.number]]
-        return self._generate(rows, REWRITE, step)
+        return [pair._replace(step=step) for row in rows for pair in self.answers[row.number]]
 
-    def _generate(self, rows: list, stream: int, step: int) -> list[Pair]:
-        # Seeds come from the seed, the process and the step, so that no random state has to be kept.
-        rng = np.random.default_rng([stream, self.s.seed, self.world.rank, step])
-        generator = torch.Generator(self.world.device).manual_seed(int(rng.integers(2 ** 63)))
-        return write_pairs(self.s, self.model, rows, self.ends, rng, generator, self.s.num_rejected, step)
+    def _write_ahead(self, step: int) -> None:
+        """Write the pairs of this step and, in one batch with them, of the next ones up to the EMA model's next refresh:
+        it would write them no differently then. As many steps as --generate_batch has room for."""
+        refresh = self.s.ema_every if self.s.rejected == "ema" else 1
+        room = self.s.generate_batch // (self.s.batch_size // self.world.size * self.s.num_rejected)
+        last = min(math.ceil(step / refresh) * refresh, step + max(1, room) - 1, self.steps)
+        work = [(row, n) for n in range(step, last + 1) for row in rows_of_step(self.s, self.rows, n, self.world)]
+        pairs = self._generate([row for row, _ in work], [[REWRITE, self.s.seed, n, row.number] for row, n in work])
+        for (_, n), few in zip(work, batches(pairs, self.s.num_rejected)):
+            self.ready.setdefault(n, []).extend(pair._replace(step=n) for pair in few)
+
+    def _generate(self, rows: list, seeds: list[list[int]]) -> list[Pair]:
+        # Seeds come from the settings, the step and the row, so that no random state has to be kept.
+        generator = torch.Generator(self.world.device).manual_seed(seed_of([*seeds[0], self.world.rank]) if seeds else 0)
+        return write_pairs(self.s, self.model, rows, self.ends, seeds, generator, self.s.num_rejected)
+
+
+def seed_of(numbers: list[int]) -> int:
+    """One seed for torch from several numbers."""
+    return int(np.random.default_rng(numbers).integers(2 ** 63))
 
 
 def train(s: Settings) -> None:
@@ -184,7 +204,7 @@ def train(s: Settings) -> None:
     frozen = copy.deepcopy(policy).requires_grad_(False) if s.ref or s.rejected == "iteration" else None
     reference = frozen if s.loss == "dpo" else None
     author = {"ema": ema and ema.model, "policy": policy, "iteration": frozen, "data": None}[s.rejected]
-    write = Writer(s, world, author, ends)
+    write = Writer(s, world, author, ends, rows, steps)
     optimizer = make_optimizer(s, policy)
 
     folder = world.on_main(lambda: new_run_folder(s))
@@ -199,11 +219,11 @@ def train(s: Settings) -> None:
             iteration, first, last = starts[step], step, min([n for n in starts if n > step], default=steps + 1) - 1
             if s.rejected == "iteration":
                 frozen.load_state_dict(policy.state_dict())
-                write.start_iteration(rows, iteration)
+                write.start_iteration(iteration)
                 optimizer = make_optimizer(s, policy)
 
         # Sampling stage
-        new = write(rows_of_step(s, rows, step, world), step)                           # lines 6 to 10
+        new = write(step)                                                               # lines 6 to 10
         pairs = [pair for pair in new if pair.chosen != pair.rejected] if s.skip_identical else new
         if not pairs and not buffer:
             pairs = new[:1]         # nothing at all to learn from: an identical pair does no harm

@@ -19,8 +19,8 @@ class Evaluation:
         if settings.rejected == "data":
             self.pairs = [column_pair(row) for row in self.rows]
         else:
-            rng, generator = np.random.default_rng(world.rank), torch.Generator(world.device).manual_seed(world.rank)
-            self.pairs = write_pairs(settings, start_model, self.rows, ends, rng, generator, num_rejected=1)
+            generator = torch.Generator(world.device).manual_seed(world.rank)
+            self.pairs = write_pairs(settings, start_model, self.rows, ends, [[row.number] for row in self.rows], generator, 1)
 
     @torch.no_grad()
     def __call__(self, model) -> dict[str, float]:
@@ -51,14 +51,22 @@ class Evaluation:
                 "preference_margin": (sum(gaps), len(gaps)), "chosen_logps": (logps, len(self.pairs))}
 
 
-def write_pairs(settings, model, rows: list[Row], ends: list[int], rng, generator, num_rejected: int, step: int = 0) -> list[Pair]:
-    """make_pairs with a run's settings, a bounded number of responses at a time."""
-    size = max(1, settings.generate_batch // num_rejected)
-    return [pair for batch in batches(rows, size) for pair in make_pairs(
-        model, [Example(row.prompt, row.chosen, row.number) for row in batch], settings.segment_len, rng,
-        eos_token_id=ends, num_rejected=num_rejected, max_new_tokens=new_tokens(settings, batch),
-        segment_eos=settings.segment_eos, step=step, temperature=settings.temperature, top_k=settings.top_k,
-        top_p=settings.top_p, generator=generator)]
+def write_pairs(settings, model, rows: list[Row], ends: list[int], seeds: list[list[int]], generator, num_rejected: int) -> list[Pair]:
+    """make_pairs with a run's settings, a bounded number of responses at a time, alike lengths together.
+
+    seeds: one a row. Where a row's segment lies depends on its seed alone, not on what else is written with it, nor where.
+    """
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt) + len(rows[i].chosen))
+    pairs = {}
+    for batch in batches(order, max(1, settings.generate_batch // num_rejected)):
+        examples = [rows[i] for i in batch]
+        made = make_pairs(
+            model, [Example(row.prompt, row.chosen, row.number) for row in examples], settings.segment_len,
+            [np.random.default_rng(seeds[i]) for i in batch], eos_token_id=ends, num_rejected=num_rejected,
+            max_new_tokens=new_tokens(settings, examples), segment_eos=settings.segment_eos, temperature=settings.temperature,
+            top_k=settings.top_k, top_p=settings.top_p, generator=generator)
+        pairs |= dict(zip(batch, batches(made, num_rejected)))
+    return [pair for i in range(len(rows)) for pair in pairs[i]]
 
 
 def new_tokens(settings, rows: list[Row]) -> list[int]:
