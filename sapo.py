@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from losses import token_logps
 
-LOGITS_AT_ONCE = 2 ** 24        # most logits (tokens x V) held at a time while scoring: 64 MiB in fp32
+LOGITS_AT_ONCE = 2 ** 25        # most logits (tokens x V) held at a time while scoring: 128 MiB in fp32
 
 
 class Example(NamedTuple):
@@ -169,7 +169,7 @@ def generate_segments(model, prefixes: Sequence[Sequence[int]], max_new_tokens: 
         raise ValueError("a prefix needs at least one token")
     if not len(prefixes) or not max(limits):
         return [[[] for _ in range(num_return)] for _ in prefixes]
-    record = check_generation(model)
+    record = check_generation(model) and not torch.is_autocast_enabled(next(model.parameters()).device.type)
     with eval_mode(model):
         lists = _generate(model, prefixes, limits, forbid, end_tokens(eos_token_id), num_return,
                           lambda logits: sample_tokens(logits, temperature, top_k, top_p, generator), record)
@@ -303,7 +303,8 @@ def attention_mask(model, allowed: Tensor, query_position: Tensor, key_position:
 
     allowed: (B or 1, queries, keys) bool. positions: (B or 1, queries) and (B or 1, keys).
     A model with sliding-window layers gets the window by position, not by column, since columns may hold branches;
-    one that mixes them with full layers gets a dictionary of both masks. Eager attention adds its mask to the scores.
+    one that mixes them with full layers gets a dictionary of both masks. Masks are floats, added to the scores: what
+    eager attention wants, and sdpa would turn a bool mask into, once a layer.
     """
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
@@ -312,10 +313,9 @@ def attention_mask(model, allowed: Tensor, query_position: Tensor, key_position:
     if "sliding_attention" in kinds:
         near = query_position[:, :, None] - key_position[:, None] < window
         masks["sliding_attention"] = (allowed & near)[:, None]
-    if config._attn_implementation != "sdpa":
-        dtype = next(model.parameters()).dtype
-        masks = {kind: torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-                 for kind, mask in masks.items()}
+    dtype = next(model.parameters()).dtype
+    hide = torch.finfo(dtype).min / 2           # halved: autocast may turn it into bf16, whose smallest number is nearer to 0
+    masks = {kind: torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, hide) for kind, mask in masks.items()}
     return masks if len(kinds) > 1 else masks[kinds.pop()]
 
 

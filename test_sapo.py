@@ -29,7 +29,7 @@ from buffer import ReplayBuffer
 from ema import EMA
 from losses import dpo_loss, orpo_loss, sequence_logps
 from sapo import Example, Pair, choose_segment, generate_segments, make_pairs, pair_logps, splice
-from support.checkpoint import end_token_ids, load_model, set_template
+from support.checkpoint import checkpoint_layers, end_token_ids, load_model, set_template
 from support.evaluate import column_pair
 from support.report import ended_early, pair_statistics, parts, printable
 from support.rows import Row, Tokenize, load_data, passes, read_rows
@@ -253,6 +253,20 @@ def check_same_steps(model, prefixes):
     assert torch.equal(*found)
 
 
+def test_generation_does_no_more_than_it_must():
+    """Each prefix is read once however many continuations it gets, in groups of like lengths; rows that are done are
+    dropped once a quarter is."""
+    model, seen = tiny(), []
+    sapo.check_generation(model)
+    model._sapo_generates = False                           # unrecorded steps, so that the hook sees them
+    model.model.embed_tokens.register_forward_hook(lambda module, args, output: seen.append(tuple(args[0].shape)))
+    rng = np.random.default_rng(7)
+    prefixes = [random_ids(rng, n) for n in (40, 6, 41, 7, 8, 42, 39, 9)]
+    generate_segments(model, prefixes, [8] * 4 + [2] * 4, eos_token_id=None, num_return=2)
+    assert seen[:2] == [(4, 8), (4, 41)]
+    assert seen[2:] == [(16, 1)] * 2 + [(8, 1)] * 6
+
+
 def test_steps_that_depend_on_values_are_not_recorded():
     """A model that decides something in Python by a tensor's values is never recorded, since that would be recorded as it
     fell this once: a rope that changes with the largest position; it still decodes right."""
@@ -391,11 +405,17 @@ def test_a_window_that_is_ignored_would_be_noticed(monkeypatch):
 
 
 def test_projection_in_chunks(monkeypatch):
-    """Scoring in chunks that backward recomputes gives the same numbers and gradients as all at once."""
-    model, pairs, found = tiny(), some_pairs(), []
-    for limit in (2 ** 24, 97 * 5):
+    """Scoring in chunks that backward recomputes gives the same numbers and gradients as all at once, and never holds
+    more logits than LOGITS_AT_ONCE; prompt positions are not projected."""
+    model, pairs, found, projected = tiny(), some_pairs(), [], []
+    sapo.probe(model)
+    model.lm_head.register_forward_hook(lambda module, args, output: projected.append(output.numel() // 97))
+    for limit in (2 ** 25, 97 * 5):
         monkeypatch.setattr(sapo, "LOGITS_AT_ONCE", limit)
+        projected.clear()
         logps = torch.stack(pair_logps(model, pairs))
+        scored = sum(pair.start + len(pair.chosen) - pair.start + len(pair.rejected) - pair.start for pair in pairs)
+        assert sum(projected) == scored and max(projected) == min(scored, limit // 97)
         found.append([logps.detach(), *torch.autograd.grad(logps.sum(), model.parameters())])
     for whole, chunked in zip(*found):
         assert torch.allclose(whole, chunked, rtol=1e-5, atol=1e-5)
@@ -916,6 +936,48 @@ def test_algorithm_1_order(tiny_run, tmp_path, monkeypatch):
     ema_model = next(thing for name, thing in events if name == "ema")
     assert all(thing is ema_model for name, thing in events if name in ("write", "ema"))
     assert updates == [False, True] * 3 and max(size for name, size in events if name == "store") <= 8
+
+
+def test_bf16(tiny_run, tmp_path, monkeypatch):
+    """--dtype bf16: losses close to fp32's and not equal to them, pairs written by a bf16 copy that is the EMA model
+    rounded, and everything that is kept is fp32."""
+    losses = [run(tiny_run, tmp_path / dtype, "--rejected", "data", "--dtype", dtype)[0] for dtype in ("fp32", "bf16")]
+    assert losses[0][0]["loss"] == pytest.approx(losses[1][0]["loss"], rel=0.02) and losses[0][0]["loss"] != losses[1][0]["loss"]
+    written, emas, make, update = [], [], support.evaluate.make_pairs, EMA.update
+    monkeypatch.setattr(support.evaluate, "make_pairs", lambda model, *a, **k: written.append([p.clone() for p in model.parameters()]) or make(model, *a, **k))
+    monkeypatch.setattr(EMA, "update", lambda self, model: (update(self, model), emas.append([p.clone() for p in self.model.parameters()]))[0])
+    run(tiny_run, tmp_path / "sapo", "--dtype", "bf16", "--loss", "dpo")
+    for copied, ema in zip(written[2:], (emas[1], emas[3])):        # written[0]: held-out pairs; the EMA model moves at steps 2 and 4
+        assert all(a.dtype == torch.bfloat16 and b.dtype == torch.float32 and torch.equal(a, b.bfloat16()) for a, b in zip(copied, ema))
+    assert len(written) == 4 and all(w.dtype == torch.float32 for w in weights(tmp_path / "sapo").values())
+
+
+def test_grad_checkpoint_changes_nothing(tiny_run, tmp_path):
+    """--grad_checkpoint: the same weights, from layers that run twice; without dropout, even where a layer has its own."""
+    for flags in ([], ["--grad_checkpoint"]):
+        run(tiny_run, tmp_path / str(len(flags)), "--loss", "dpo", *flags)
+    for one, other in zip(weights(tmp_path / "0").values(), weights(tmp_path / "1").values()):
+        assert torch.allclose(one, other, atol=1e-6)
+    for name, layers in (("llama", lambda m: m.model.layers), ("opt", lambda m: m.model.decoder.layers)):
+        model, calls = tiny(name, ffn_dim=64, word_embed_proj_dim=32, dropout=0.5, attention_dropout=0.5), []
+        expected = torch.stack(pair_logps(model, some_pairs()))
+        checkpoint_layers(model)
+        layers(model)[0].self_attn.register_forward_hook(lambda *a: calls.append(1))
+        found = torch.stack(pair_logps(model, some_pairs()))
+        assert torch.allclose(expected, found, atol=1e-6) and len(calls) == 1
+        found.sum().backward()
+        assert len(calls) == 2
+
+
+@pytest.mark.slow
+def test_compile_changes_nothing(tiny_run, tmp_path):
+    """--compile: the same losses, in a run that generates and evaluates too."""
+    records = []
+    for flags in ([], ["--compile"]):
+        done = command(*tiny_run, "--buffer_size", "8", "--temperature", "0", "--out", str(tmp_path / str(len(flags))), *flags)
+        assert done.returncode == 0, done.stderr
+        records.append([json.loads(line)["loss"] for line in (tmp_path / str(len(flags)) / "metrics.jsonl").open()])
+    assert records[0] == pytest.approx(records[1], rel=1e-4)
 
 
 @pytest.mark.parametrize("ema_every, grouped", [(2, 3), (3, 2), (4, 2)])

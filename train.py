@@ -24,7 +24,7 @@ from buffer import ReplayBuffer
 from ema import EMA
 from losses import dpo_loss, orpo_loss
 from sapo import Pair, check_generation, pair_logps, probe
-from support.checkpoint import check_ids, end_token_ids, load_model, new_run_folder, save_model
+from support.checkpoint import bf16_copy, check_ids, checkpoint_layers, end_token_ids, load_model, new_run_folder, save_model
 from support.evaluate import Evaluation, batches, column_pair, write_pairs
 from support.parallel import World, leave
 from support.report import Clock, Report, buffer_statistics, header, pair_statistics, peak_memory_mib
@@ -37,12 +37,16 @@ ORDER, REWRITE, ANSWER, DRAW = 1, 2, 3, 4       # random streams, so that no two
 class Scorer(nn.Module):
     """Scores pairs with the policy. A module of its own, because DDP synchronises gradients only of what it wraps."""
 
-    def __init__(self, policy: nn.Module):
+    def __init__(self, policy: nn.Module, compiled: bool = False):
         super().__init__()
-        self.policy = policy
+        self.policy, self.compiled = policy, compiled
+        if compiled:        # for this module's calls alone: what generates or evaluates would compile again and again
+            policy.base_model.compile(dynamic=True)
+            torch.compiler.set_stance("force_eager")
 
     def forward(self, pairs: list[Pair], **how):
-        return pair_logps(self.policy, pairs, **how)
+        with torch.compiler.set_stance("default") if self.compiled else contextlib.nullcontext():
+            return pair_logps(self.policy, pairs, **how)
 
 
 def pair_losses(s: Settings, logps, reference_logps, beta: float):
@@ -64,9 +68,10 @@ def learn(s: Settings, world: World, scorer, reference, pairs: list[Pair], beta:
     for i, chunk in enumerate(micro):
         last = i + 1 == len(micro) or world.size == 1
         with contextlib.nullcontext() if last else scorer.no_sync():
-            logps = scorer(chunk, **how)
-            with torch.no_grad():
-                reference_logps = pair_logps(reference, chunk, **how) if reference is not None else None
+            with world.precision(s.dtype):
+                logps = scorer(chunk, **how)
+                with torch.no_grad():
+                    reference_logps = pair_logps(reference, chunk, **how) if reference is not None else None
             losses, chosen_rewards, rejected_rewards = pair_losses(s, logps, reference_logps, beta)
             # DDP averages over processes; the mean is over pairs.
             (losses.sum() * world.size / total).backward()
@@ -129,7 +134,8 @@ class Writer:
     """
 
     def __init__(self, s: Settings, world: World, model, ends: list[int], rows: list, steps: int):
-        self.s, self.world, self.model, self.ends, self.rows, self.steps = s, world, model, ends, rows, steps
+        self.s, self.world, self.source, self.ends, self.rows, self.steps = s, world, model, ends, rows, steps
+        self.model = bf16_copy(model) if model is not None and s.dtype == "bf16" else model
         self.answers = {}       # SPIN: row number -> its pairs
         self.ready = {}         # step -> its pairs, written ahead
 
@@ -166,6 +172,8 @@ class Writer:
             self.ready.setdefault(n, []).extend(pair._replace(step=n) for pair in few)
 
     def _generate(self, rows: list, seeds: list[list[int]]) -> list[Pair]:
+        if self.model is not self.source:
+            torch._foreach_copy_(list(self.model.parameters()), list(self.source.parameters()))
         # Seeds come from the settings, the step and the row, so that no random state has to be kept.
         generator = torch.Generator(self.world.device).manual_seed(seed_of([*seeds[0], self.world.rank]) if seeds else 0)
         return write_pairs(self.s, self.model, rows, self.ends, seeds, generator, self.s.num_rejected)
@@ -198,13 +206,15 @@ def train(s: Settings) -> None:
     except ValueError as error:
         raise UserError(f"--model {s.model}: {error}") from None
     # Algorithm 1 line 1: the policy. Lines 2 and 3: the buffer and the EMA model. DPO needs a reference besides.
-    scorer = world.wrap(Scorer(policy))
     buffer = ReplayBuffer(s.buffer_size // world.size, seed=[DRAW, s.seed, world.rank]) if s.buffer_size else None
     ema = EMA(policy, s.ema_decay, s.ema_every) if s.rejected == "ema" and s.loss != "sft" or s.ref == "ema" else None
     frozen = copy.deepcopy(policy).requires_grad_(False) if s.ref or s.rejected == "iteration" else None
     reference = frozen if s.loss == "dpo" else None
     author = {"ema": ema and ema.model, "policy": policy, "iteration": frozen, "data": None}[s.rejected]
     write = Writer(s, world, author, ends, rows, steps)
+    if s.grad_checkpoint:
+        checkpoint_layers(policy)
+    scorer = world.wrap(Scorer(policy, s.compile))          # after the copies, which are neither compiled nor checkpointed
     optimizer = make_optimizer(s, policy)
 
     folder = world.on_main(lambda: new_run_folder(s))

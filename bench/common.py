@@ -2,7 +2,6 @@
 machine that slows down slows both sides."""
 import argparse
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -90,9 +89,15 @@ def memory_of(function) -> float:
         torch.cuda.reset_peak_memory_stats()
         function()
         return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    Path("/proc/self/clear_refs").write_text("5")       # the peak so far is forgotten (Linux)
+    before = process_mib("VmRSS")
     function()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before / 2 ** 20
+    return process_mib("VmHWM") - before
+
+
+def process_mib(field: str) -> float:
+    """VmRSS, what this process holds, or VmHWM, the most it held. Not getrusage: that counts the parent's before the fork."""
+    return next(int(line.split()[1]) / 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
 
 
 class Table:

@@ -1,9 +1,11 @@
 """Models and tokenizers in from a folder or the hub, out to an ordinary Hugging Face folder."""
+import copy
 import itertools
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from support.rows import CHATML, VICUNA
 from support.settings import Settings, UserError, located
@@ -37,6 +39,26 @@ def load_model(settings: Settings, device):
     settings.max_len = min(settings.max_len, positions)
     settings.max_prompt_len = min(settings.max_prompt_len, settings.max_len - 1)
     return model.to(device).eval(), tokenizer       # eval: no dropout, in training either, as in the EMA and reference
+
+
+def checkpoint_layers(model) -> None:
+    """Gradient checkpointing: each decoder layer keeps its input only. The model stays in eval mode, without dropout."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable     # the older name
+    enable({"use_reentrant": False})
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.training = True           # transformers checkpoints in training mode only; the layer's parts stay as they are
+            for name, value in vars(layer).items():
+                if name.endswith("dropout") and isinstance(value, float):       # some layers (OPT's) apply their own
+                    setattr(layer, name, 0.0)
+
+
+def bf16_copy(model):
+    """A copy to generate from, its weights in bf16; what is no weight (rotary frequencies) keeps its precision."""
+    model = copy.deepcopy(model).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    return model
 
 
 def check_ids(model, rows, settings: Settings) -> None:

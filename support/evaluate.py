@@ -20,12 +20,14 @@ class Evaluation:
             self.pairs = [column_pair(row) for row in self.rows]
         else:
             generator = torch.Generator(world.device).manual_seed(world.rank)
-            self.pairs = write_pairs(settings, start_model, self.rows, ends, [[row.number] for row in self.rows], generator, 1)
+            with world.precision(settings.dtype):
+                self.pairs = write_pairs(settings, start_model, self.rows, ends, [[row.number] for row in self.rows], generator, 1)
 
     @torch.no_grad()
     def __call__(self, model) -> dict[str, float]:
         """exact_match, nll, preference_accuracy, preference_margin, chosen_logps, as far as the rows allow them."""
-        tallies = {"exact_match": self._exact_match(model)} | self._likelihood(model)
+        with self.world.precision(self.settings.dtype):
+            tallies = {"exact_match": self._exact_match(model)} | self._likelihood(model)
         return self.world.means(tallies)
 
     def _exact_match(self, model) -> tuple[int, int]:

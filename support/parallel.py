@@ -33,6 +33,10 @@ class World:
             return module
         return DistributedDataParallel(module, device_ids=[self.device] if self.device.type == "cuda" else None)
 
+    def precision(self, dtype: str):
+        """A context to compute in: for "bf16" matrix products run in bf16 while weights stay what they are."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == "bf16")
+
     def sum(self, values: list[float]) -> list[float]:
         """Each value summed over the processes."""
         if self.size == 1:

@@ -71,6 +71,9 @@ class Settings:
     warmup: float = setting(0.1, "warm-up in steps, or as a share of all steps where below 1")
     weight_decay: float = setting(0.0, "weight decay")
     max_grad_norm: float = setting(1.0, "clip the gradient's norm to this; 0: do not")
+    dtype: str = setting("fp32", "what is computed in; bf16 keeps weights and optimizer in fp32 and generates from a bf16 copy", ["fp32", "bf16"])
+    grad_checkpoint: bool = setting(False, "keep each layer's input only and compute the rest again in backward: less memory, more time")
+    compile: bool = setting(False, "torch.compile the policy for scoring: faster steps after a slow first one")
     seed: int = setting(0, "of everything random: order, segments, sampling, drawing, fresh weights")
     # watching
     eval_every: int = setting(0, "steps between evaluations besides those at the start and the end; 0: none between")
