@@ -5,14 +5,21 @@
 """
 import copy
 import dataclasses
+import hashlib
 import importlib.util
+import io
 import json
 import math
 import os
 import re
+import resource
+import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -24,16 +31,19 @@ from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, T
 
 import sapo
 import support.evaluate
+import support.parallel
 import train
 from buffer import ReplayBuffer
 from ema import EMA
 from losses import dpo_loss, orpo_loss, sequence_logps
 from sapo import Example, Pair, choose_segment, generate_segments, make_pairs, pair_logps, splice
-from support.checkpoint import checkpoint_layers, end_token_ids, load_model, set_template
+from support.checkpoint import newest, step_of
+from support.models import checkpoint_layers, end_token_ids, load_model, set_template
 from support.evaluate import column_pair
+from support.parallel import Stop
 from support.report import ended_early, pair_statistics, parts, printable
 from support.rows import Row, Tokenize, load_data, passes, read_rows
-from support.settings import Settings, UserError, make_parser, parse
+from support.settings import RunFailed, Settings, Stopped, UserError, make_parser, parse
 
 HERE = Path(__file__).parent
 torch.set_num_threads(2)
@@ -1229,6 +1239,545 @@ def test_the_demo(tmp_path):
     assert 0.3 < summary["before"]["exact_match"] < 0.75
     assert summary["after"]["exact_match"] > summary["before"]["exact_match"] + 0.03       # the spread over seeds is below that
     assert "exact_match" in done.stdout
+
+
+# ------------------------------------------------------------------------------------------ never losing a run
+
+class StopAfter:
+    """Stands for a signal that comes during step n: the loop asks once a step."""
+    training = False
+
+    def __init__(self, step: int):
+        self.left = step
+
+    @property
+    def asked(self) -> bool:
+        self.left -= 1
+        return self.left <= 0
+
+
+def untimed(folder):
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    return [{k: v for k, v in r.items() if "seconds" not in k and "memory" not in k} for r in records]
+
+
+def same_state(a, b) -> bool:
+    """Two states of plain types and tensors, equal bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_state, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def check_same_run(one, other, processes: int = 1):
+    """The same metrics, final weights, and everything else in the last checkpoint: optimizer, EMA, reference, buffers."""
+    assert untimed(one) == untimed(other)
+    assert all(torch.equal(a, b) for a, b in zip(weights(one).values(), weights(other).values()))
+    last = sorted((one / "checkpoints").iterdir())[-1].name
+    for name in ["shared.pt", *(f"rank{r}.pt" for r in range(processes))]:
+        a, b = (torch.load(folder / "checkpoints" / last / name, weights_only=True) for folder in (one, other))
+        assert same_state(a, b), name
+
+
+def own_buffer(flags: str) -> list[str]:
+    return [] if {"data", "iteration", "sft", "--buffer_size"} & set(flags.split()) else ["--buffer_size", "8"]
+
+
+def one_thread():
+    """In a forked child: OpenMP's threads are not there any more, and waiting for them would be for ever."""
+    support.parallel.cores = lambda: 1
+    torch.set_num_threads(1)
+
+
+def forked(function, *arguments) -> int:
+    """Run in a forked child, which needs no imports and so no time; returns its process id."""
+    child = os.fork()
+    if child == 0:
+        status = 70
+        try:
+            one_thread()
+            sys.stdout = sys.stderr = open(os.devnull, "w")
+            function(*arguments)
+            status = 0
+        except UserError as error:
+            status = error.status
+        except BaseException:
+            traceback.print_exc(file=sys.__stderr__)
+        finally:
+            os._exit(status)
+    return child
+
+
+def status_of(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def two_processes(function, *arguments) -> list[int]:
+    """function in two forked processes with torchrun's environment; returns their exit statuses."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+
+    def rank(r: int):
+        os.environ.update(RANK=str(r), WORLD_SIZE="2", LOCAL_RANK=str(r), LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port))
+        function(*arguments)
+
+    return [status_of(child) for child in [forked(rank, r) for r in (0, 1)]]
+
+
+RESUMED = [*AXES, "--generate_batch 4", "--ema_every 4 --num_rejected 2", "--ema_every 3 --loss dpo --ref ema", "--dtype bf16 --grad_checkpoint"]
+
+
+def check_resume(flags, tiny_run, tmp_path):
+    flags = [*tiny_run, "--save_every", "6", *own_buffer(flags), *flags.split()]
+    threads = torch.get_num_threads()
+    train.train(parse([*flags, "--out", str(tmp_path / "whole")]))
+    with pytest.raises(Stopped):
+        train.train(parse([*flags, "--out", str(tmp_path / "stopped")]), StopAfter(3))
+    train.train(parse(["--resume", str(tmp_path / "stopped")]))
+    torch.set_num_threads(threads)
+    check_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("flags", ["--loss dpo --ref ema", "--rejected iteration --iterations 2 --loss dpo"])
+def test_resume_is_exact(flags, tiny_run, tmp_path):
+    """A run of 6 steps stopped after 3 and resumed equals one that never stopped, bit for bit: metrics, weights, optimizer,
+    EMA, reference, buffer with its counts and random state; with segments of step 4 already written at the stop."""
+    check_resume(flags, tiny_run, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", RESUMED)
+def test_resume_is_exact_for_every_method(flags, tiny_run, tmp_path):
+    """The same for every method of the axes table."""
+    check_resume(flags, tiny_run, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", RESUMED)
+def test_resume_is_exact_on_two_processes(flags, tiny_run, tmp_path):
+    """The same with two processes, each with its own buffer."""
+    flags = [*tiny_run, "--save_every", "6", *own_buffer(flags), *flags.split()]
+    assert two_processes(lambda: train.train(parse([*flags, "--out", str(tmp_path / "whole")]))) == [0, 0]
+    assert two_processes(lambda: train.train(parse([*flags, "--out", str(tmp_path / "stopped")]), StopAfter(3))) == [3, 3]
+    assert two_processes(lambda: train.train(parse(["--resume", str(tmp_path / "stopped")]))) == [0, 0]
+    check_same_run(tmp_path / "whole", tmp_path / "stopped", processes=2)
+
+
+def test_resume_says_and_refuses(tiny_run, tmp_path, capsys):
+    """Nothing old is picked up without being asked: a folder with a run is refused, --overwrite replaces it and leaves other
+    files; --resume refuses what would make it another run and says what else differs; a finished run has nothing to do;
+    one without a checkpoint starts over; another number of processes or other data are refused."""
+    out, flags = tmp_path / "out", [*tiny_run, "--buffer_size", "8"]
+    with pytest.raises(Stopped):
+        train.train(parse([*flags, "--out", str(out)]), StopAfter(2))
+    with pytest.raises(UserError, match="holds a run already"):
+        run(tiny_run, out)
+    for more, words in ((["--seed", "1"], "--seed 1 .was 0"), (["--batch_size", "2"], "--batch_size 2"), (["--model", str(HERE / "data" / "model")], "--model"),
+                        (["--data", str(HERE / "data" / "heldout.jsonl")], "--data"), (["--loss", "dpo"], "--loss dpo"), (["--out", "other"], "own folder")):
+        with pytest.raises(UserError, match=words):
+            parse(["--resume", str(out), *more])
+    for nowhere in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(UserError, match="no run there"):
+            parse(["--resume", str(nowhere)])
+    manifest = out / "checkpoints" / "step-000002" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"processes": 1', '"processes": 2'))
+    with pytest.raises(UserError, match="nproc_per_node 2"):
+        train.train(parse(["--resume", str(out)]))
+    manifest.write_text(manifest.read_text().replace('"processes": 2', '"processes": 1'))
+    capsys.readouterr()
+    train.train(parse([*flags, "--resume", str(out), "--out", str(out), "--lr", "5e-4"]))
+    said = capsys.readouterr().out
+    assert "going on after step 2" in said and "--lr [0.0005] (was [0.001])" in said
+    assert len(untimed(out)) == 6
+    train.train(parse(["--resume", str(out)]))
+    assert "had finished" in capsys.readouterr().out
+    (out / "notes.txt").write_text("mine")
+    train.train(parse([*flags, "--out", str(out), "--overwrite", "--steps", "1"]))
+    assert len(untimed(out)) == 1 and not (out / "checkpoints").exists() and (out / "notes.txt").read_text() == "mine"
+    (out / "summary.json").unlink()
+    (out / "metrics.jsonl").write_bytes((out / "metrics.jsonl").read_bytes() + b'{"step": 2, "lo')
+    train.train(parse(["--resume", str(out)]))
+    assert "starting over" in capsys.readouterr().out and len(untimed(out)) == 1
+    data = Path(tiny_run[tiny_run.index("--data") + 1])
+    text = data.read_text()
+    with pytest.raises(Stopped):
+        train.train(parse([*flags, "--out", str(tmp_path / "changed")]), StopAfter(1))
+    try:
+        data.write_text("".join(text.splitlines(keepends=True)[::-1]))
+        with pytest.raises(UserError, match="not what it was"):
+            train.train(parse(["--resume", str(tmp_path / "changed")]))
+    finally:
+        data.write_text(text)
+
+
+@pytest.mark.parametrize("harm, named", [("flip", "shared.pt"), ("cut", "rank0.pt"), ("remove", "shared.pt"), ("manifest", "manifest.json")])
+def test_damaged_checkpoints_are_noticed(harm, named, tiny_run, tmp_path):
+    """A bit-flipped, truncated, missing file or a broken manifest: named, and the checkpoint before it offered, which
+    works; what was never finished is not taken for a checkpoint; only --keep of them are kept."""
+    out = tmp_path / "out"
+    with pytest.raises(Stopped):
+        train.train(parse([*tiny_run, "--buffer_size", "8", "--save_every", "1", "--out", str(out)]), StopAfter(4))
+    kept = sorted((out / "checkpoints").iterdir())
+    assert [folder.name for folder in kept] == ["step-000003", "step-000004"]
+    file = kept[-1] / named
+    content = file.read_bytes()
+    if harm == "flip":
+        file.write_bytes(content[:999] + bytes([content[999] ^ 4]) + content[1000:])
+    elif harm == "remove":
+        file.unlink()
+    else:
+        file.write_bytes(content[:len(content) // 2])
+    shutil.copytree(kept[0], out / "checkpoints" / "step-000009.partial")
+    with pytest.raises(UserError, match=f"{named} is damaged.*--resume {kept[0]}"):
+        train.train(parse(["--resume", str(out)]))
+    train.train(parse(["--resume", str(kept[0])]))
+    whole = tmp_path / "whole"
+    train.train(parse([*tiny_run, "--buffer_size", "8", "--out", str(whole)]))
+    assert all(torch.equal(a, b) for a, b in zip(weights(out).values(), weights(whole).values())) and untimed(out) == untimed(whole)
+
+
+def test_checkpoints_execute_nothing(tiny_run, tmp_path):
+    """A checkpoint that holds code, with a manifest that fits it, is not executed: weights_only refuses it."""
+    out, trap = tmp_path / "out", tmp_path / "trap"
+    with pytest.raises(Stopped):
+        train.train(parse([*tiny_run, "--buffer_size", "8", "--out", str(out)]), StopAfter(1))
+    checkpoint = out / "checkpoints" / "step-000001"
+
+    class Bomb:
+        def __reduce__(self):
+            return (os.mkdir, (str(trap),))
+
+    torch.save({"policy": Bomb()}, checkpoint / "shared.pt")
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["sha256"]["shared.pt"] = hashlib.sha256((checkpoint / "shared.pt").read_bytes()).hexdigest()
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="shared.pt"):
+        train.train(parse(["--resume", str(out)]))
+    assert not trap.exists()
+
+
+def test_a_full_disk_costs_nothing(tiny_run, tmp_path, capfd):
+    """A disk that fills up while a checkpoint, or the final model, is written (stood for by a limit on file sizes): a
+    sentence, a status of its own, the checkpoint before it intact and the run resumable."""
+    out, flags = tmp_path / "out", [*tiny_run, "--buffer_size", "8", "--save_every", "3"]
+
+    def full(limit):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        sys.stderr = sys.__stderr__
+        sys.argv = ["train.py", "--resume", str(out)]
+        train.main()
+
+    with pytest.raises(Stopped):
+        train.train(parse([*flags, "--out", str(out)]), StopAfter(3))
+    before = {file: file.read_bytes() for file in (out / "checkpoints").rglob("*.pt")}
+    child = forked_main(full, 100_000)
+    assert status_of(child) == 4
+    said = capfd.readouterr().err
+    assert "could not write the checkpoint" in said and "step-000003" in said and "Traceback" not in said
+    assert {file: file.read_bytes() for file in (out / "checkpoints").rglob("*.pt")} == before
+    assert not list((out / "checkpoints").glob("*.partial"))
+    train.train(parse(["--resume", str(out)]))
+    train.train(parse([*flags, "--out", str(tmp_path / "whole")]))
+    check_same_run(out, tmp_path / "whole")
+    shutil.rmtree(out / "final"), (out / "summary.json").unlink()
+    assert status_of(forked_main(full, 100_000)) == 4 and "could not" in capfd.readouterr().err
+    assert not (out / "final").exists() and not list(out.glob("*.partial"))
+
+
+def forked_main(function, *arguments) -> int:
+    """forked, for a function that ends by sys.exit and whose stderr is wanted."""
+    child = os.fork()
+    if child == 0:
+        try:
+            one_thread()
+            function(*arguments)
+        except SystemExit as end:
+            sys.stderr.flush()
+            os._exit(end.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(70)
+    return child
+
+
+def nan_at(monkeypatch, *steps, in_gradient=False):
+    """Make the loss (or its gradient alone) of one pair NaN at these steps."""
+    count, losses = [0], train.pair_losses
+
+    def spoiled(s, logps, reference_logps, beta):
+        count[0] += 1
+        found = losses(s, logps, reference_logps, beta)
+        if (count[0] + 1) // 2 in steps and count[0] % 2:       # two micro-batches a step
+            spoil = torch.zeros_like(found[0])
+            spoil[0] = torch.nan
+            if in_gradient:
+                found[0].register_hook(lambda gradient: gradient + spoil)
+                return found
+            return (found[0] + spoil, *found[1:])
+        return found
+
+    monkeypatch.setattr(train, "pair_losses", spoiled)
+
+
+@pytest.mark.parametrize("in_gradient", [False, True])
+def test_a_step_that_is_not_finite_is_left_out(in_gradient, tiny_run, tmp_path, monkeypatch, capsys):
+    """A NaN in the loss, or in the gradient alone: the step is not taken, said with its rows, counted, does not count for
+    the EMA model, and the record stays valid JSON; the run goes on."""
+    moved, update, learn, seen = [], EMA.update, train.learn, []
+    monkeypatch.setattr(EMA, "update", lambda self, model: moved.append(1) or update(self, model))
+    def watch(s, world, scorer, reference, pairs, beta):
+        seen.append((copy.deepcopy(scorer.policy.state_dict()), sorted(pair.row for pair in pairs)))
+        return learn(s, world, scorer, reference, pairs, beta)
+    monkeypatch.setattr(train, "learn", watch)
+    nan_at(monkeypatch, 3, in_gradient=in_gradient)
+    run(tiny_run, tmp_path)
+    said = next(line for line in capsys.readouterr().out.splitlines() if "not finite" in line)
+    rows = json.loads(said[said.index("["):said.index("]") + 1])
+    assert said.startswith("step 3:") and set(rows) <= set(seen[2][1]) and len(rows) == (len(set(seen[2][1])) if in_gradient else 1)
+    def same(a, b):
+        return all(torch.equal(x, y) for x, y in zip(a.values(), b.values()))
+    assert same(seen[2][0], seen[3][0]) and not same(seen[3][0], seen[4][0]) and len(moved) == 5
+    records = [json.loads(line, parse_constant=lambda name: pytest.fail(name)) for line in (tmp_path / "metrics.jsonl").open()]
+    assert [r["skipped"] for r in records] == [0, 0, 1, 1, 1, 1] and records[2]["grad_norm" if in_gradient else "loss"] is None
+    assert all(torch.isfinite(w).all() for w in weights(tmp_path).values())
+
+
+def test_the_run_stops_when_nothing_is_finite(tiny_run, tmp_path, monkeypatch):
+    """After --max_bad_steps steps in a row without a finite loss the run ends, and the last checkpoint stays good."""
+    nan_at(monkeypatch, 3, 5, 6)
+    with pytest.raises(RunFailed, match="2 steps in a row"):
+        run(tiny_run, tmp_path, "--max_bad_steps", "2", "--save_every", "4")
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step-000004"] and len(untimed(tmp_path)) == 6
+    monkeypatch.undo()
+    train.train(parse(["--resume", str(tmp_path)]))
+    assert [r["skipped"] for r in untimed(tmp_path)] == [0, 0, 1, 1, 1, 1]
+
+
+@pytest.mark.slow
+def test_a_nan_on_one_process_stops_both(tiny_run, tmp_path, monkeypatch):
+    """A NaN on one of two processes: the step is left out, and both go on to the end."""
+    def spoiled():
+        if os.environ["RANK"] == "1":
+            nan_at(monkeypatch, 2, in_gradient=False)
+        train.train(parse([*tiny_run, "--micro_batch", "1", "--buffer_size", "8", "--out", str(tmp_path)]))
+    assert two_processes(spoiled) == [0, 0]
+    assert [r["skipped"] for r in untimed(tmp_path)] == [0, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(tiny_run, tmp_path):
+    """SIGKILL at 24 random moments of a run, every third during a save, and resumed each time: the same final weights,
+    metrics and buffer as undisturbed."""
+    flags, rng = [*tiny_run, "--buffer_size", "8", "--steps", "500", "--save_every", "2"], np.random.default_rng(0)
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    assert status_of(forked(lambda: train.train(parse([*flags, "--out", str(whole)])))) == 0
+    child = forked(lambda: train.train(parse([*flags, "--out", str(out)])))
+    saves = 0
+    for n in range(24):
+        if n % 3 == 0:                                      # wait for a save to be under way, then for some part of it
+            while not list((out / "checkpoints").glob("*.partial")) and os.waitpid(child, os.WNOHANG) == (0, 0):
+                pass
+            time.sleep(rng.uniform(0, 0.004))
+        else:
+            time.sleep(rng.uniform(0.1, 0.9))
+        os.kill(child, signal.SIGKILL)
+        saves += bool(list((out / "checkpoints").glob("*.partial")))
+        assert status_of(child) == -signal.SIGKILL, "it ended before it was killed often enough"
+        child = forked(lambda: train.train(parse([*flags, *(["--resume", str(out)] if (out / "settings.json").exists() else ["--out", str(out), "--overwrite"])])))
+    assert status_of(child) == 0 and saves >= 3
+    check_same_run(whole, out)
+
+
+@pytest.mark.slow
+def test_signals(tiny_run, tmp_path):
+    """SIGTERM and Ctrl-C finish the step, save and exit with status 3, under torchrun too; a second one ends at once; the
+    run resumes. One of two processes killed: the other ends within a minute, not with 0, and the checkpoint resumes."""
+    flags = [*tiny_run, "--buffer_size", "8", "--steps", "100000", "--schedule", "constant", "--save_every", "5"]
+
+    def started(out, *launcher):
+        process = subprocess.Popen([*launcher, str(HERE / "train.py"), *flags, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                   text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        while not (out / "checkpoints" / "step-000005").exists():
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.05)
+        return process
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        out = tmp_path / number.name
+        process = started(out, sys.executable)
+        process.send_signal(number)
+        said = process.communicate(timeout=60)[0]
+        assert process.returncode == 3 and "and saved" in said and "Traceback" not in said
+        steps = len(untimed(out))
+        assert (out / "checkpoints" / f"step-{steps:06d}" / "manifest.json").exists()
+        done = command("--resume", str(out), "--steps", str(steps + 2))
+        assert done.returncode == 0 and len(untimed(out)) == steps + 2, done.stderr
+    out = tmp_path / "torchrun"
+    process = started(out, *TORCHRUN)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=90)
+    steps = len(untimed(out))
+    assert process.returncode != 0 and (out / "checkpoints" / f"step-{steps:06d}" / "manifest.json").exists()
+    out = tmp_path / "killed"
+    process = started(out, *TORCHRUN)
+    workers = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and f"PPid:\t{process.pid}\n" in read_quietly(p / "status")]
+    os.kill(workers[-1], signal.SIGKILL)
+    begin = time.perf_counter()
+    process.communicate(timeout=60)
+    assert process.returncode != 0 and time.perf_counter() - begin < 60
+    last = newest(out)
+    done = command("--resume", str(out), "--steps", str(step_of(last) + 2), launcher=TORCHRUN)
+    assert done.returncode == 0, done.stderr
+
+
+def read_quietly(path) -> str:
+    try:
+        return path.read_text()
+    except OSError:             # a process that ended meanwhile
+        return ""
+
+
+def test_a_second_signal_ends_at_once():
+    """The first signal is noted and hands the signals back to the system; before training there is nothing to wait for."""
+    stop, old = Stop(), [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        stop.listen()
+        stop.training = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked and signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+        early = Stop()
+        early.listen()
+        with pytest.raises(KeyboardInterrupt, match="before training"):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT), old):
+            signal.signal(number, handler)
+
+
+GOOD = '{"prompt": "a b", "chosen": "c d"}\n'
+CHAT = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}\n'
+
+
+@pytest.mark.parametrize("content, flags, words", [
+    (None, "", ["no such file"]), ("", "", ["no rows"]), (GOOD + "{nonsense\n", "", ["line 2", "not JSON"]),
+    (GOOD + '{"messages": [{"role": "user", "content": "a"}]}', "", ["line 2", "no assistant turn"]), (GOOD + '{"prompt": "a", "chosen": " "}', "", ["line 2", "empty"]),
+    ('{"messages": [{"role": "judge", "content": "a"}, {"role": "assistant", "content": "b"}]}', "--model STRICT", ["line 1", "template refuses"]),
+    (CHAT.replace("hi", "hi " * 300) * 3, "--max_len 40 --max_prompt_len 30", ["every prompt", "--max_prompt_len"]),
+    (CHAT, "--model BARE", ["line 1", "no chat template", "--chat_template"]), (GOOD, "--rejected data", ["line 1", "rejected"]),
+    (CHAT * 60, "--model WIDE", ["embedding has 50"]), (CHAT, "--model ENDLESS", ["no EOS"]), (CHAT, "--batch_size 16 --buffer_size 8", ["smaller than"]),
+    (CHAT, "--segment_len -3", ["segment_len"]), (CHAT, "--segmentlen 3", ["unrecognized"]), (CHAT, "--model EMPTY", ["not a causal"]),
+    (CHAT, "--model BERT", ["not a causal"]), (GOOD.encode() + b'{"prompt": "\xff"}\n', "", ["line 2", "UTF-8"]),
+    (GOOD + '{"prompt": "a", "chosen": "' + "b" * 10_000_000 + '"}\n', "", ["line 2", "MB"]), (CHAT, "--keep 1", ["keep"]), (CHAT, "--resume nowhere", ["no run there"]),
+])
+def test_bad_input_gets_one_sentence(content, flags, words, tiny_run, tmp_path, capsys, monkeypatch):
+    """Bad input: exit status 2, one sentence on stderr with what, where and what to do, no traceback, no output folder."""
+    model = Path(tiny_run[1])
+    for name in re.findall("[A-Z]{4,}", flags):
+        made = tmp_path / name
+        shutil.copytree(model, made)
+        settings = json.loads((made / "tokenizer_config.json").read_text())
+        if name == "STRICT":
+            (made / "chat_template.jinja").write_text("{% for m in messages %}{% if m.role == 'judge' %}{{ raise_exception('no judges') }}{% endif %}{{ m.content }}<|im_end|>{% endfor %}")
+        elif name == "BARE":
+            (made / "chat_template.jinja").unlink()
+        elif name == "ENDLESS":
+            (made / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in settings.items() if k != "eos_token"}))
+            (made / "special_tokens_map.json").unlink(missing_ok=True)
+        elif name == "WIDE":
+            tiny(vocab_size=50, eos_token_id=1, pad_token_id=1, bos_token_id=None).save_pretrained(made)
+        elif name == "EMPTY":
+            shutil.rmtree(made), made.mkdir()
+        elif name == "BERT":
+            (made / "config.json").write_text('{"model_type": "vit", "architectures": ["ViTModel"]}')
+        flags = flags.replace(name, str(made))
+    data = tmp_path / "d.jsonl"
+    if content is not None:
+        data.write_bytes(content if isinstance(content, bytes) else content.encode())
+    out = tmp_path / "out"
+    given = ["--model", str(model)] * ("--model" not in flags) + ["--data", str(data), *flags.split()] + ["--out", str(out)] * ("--resume" not in flags)
+    monkeypatch.setattr(sys, "argv", ["train.py", *given, "--steps", "1"])
+    with pytest.raises(SystemExit) as end:
+        train.main()
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and not out.exists() and "Traceback" not in said
+    sentence = next(line for line in said.splitlines() if line.startswith("train.py: "))
+    assert all(word in sentence for word in words), said
+
+
+def test_bad_rows_can_be_skipped(tiny_run, tmp_path, capsys):
+    """--skip_bad_rows leaves bad rows out, says how many and shows the first; prompts in both sets are warned about."""
+    data, held = tmp_path / "d.jsonl", tmp_path / "h.jsonl"
+    data.write_bytes(CHAT.encode() * 6 + b'{"prompt": "\xff"}\n{oops\n[1]\n' + CHAT.replace("yes", "").encode() + CHAT.replace("hi", "who").encode())
+    held.write_text(CHAT + CHAT.replace("hi", "what"))
+    flags = ["--model", tiny_run[1], "--data", str(data), "--eval_data", str(held), *"--batch_size 2 --buffer_size 4 --steps 1 --max_len 60".split()]
+    with pytest.raises(UserError, match="line 7: not UTF-8"):
+        train.train(parse([*flags, "--out", str(tmp_path / "a")]))
+    train.train(parse([*flags, "--out", str(tmp_path / "b"), "--skip_bad_rows"]))
+    said = capsys.readouterr().out
+    assert "4 of 11 rows left out; the first:" in said and "line 7" in said and "warning: 1 of 2 held-out prompts" in said and "7 rows" in said
+
+
+IDS = st.lists(st.integers(0, 9), min_size=1, max_size=12)
+
+
+@hypothesis_settings(max_examples=150, deadline=None)
+@given(rows=st.lists(st.tuples(IDS, IDS), min_size=1, max_size=6), end=st.integers(0, 9), segment_len=st.integers(0, 6), k=st.integers(1, 3), seed=st.integers(0, 99))
+def test_pairs_always_hold_together(rows, end, segment_len, k, seed):
+    """Whatever the prompts, lengths, segment lengths and end tokens, with ids that are the pad id too: A and C are kept to
+    the token, y- never goes on after an end token in B', and both layouts score every response token once, after what it
+    follows."""
+    examples = [Example(prompt, [t for t in chosen[:-1] if t != end] + chosen[-1:], i) for i, (prompt, chosen) in enumerate(rows)]
+    pairs = make_pairs(MODEL_FOR_PAIRS, examples, segment_len, np.random.default_rng(seed), eos_token_id=end, num_rejected=k,
+                       max_new_tokens=4, temperature=1.0, top_k=0, top_p=1.0, generator=torch.Generator().manual_seed(seed))
+    assert [pair.row for pair in pairs] == [i for i in range(len(rows)) for _ in range(k)]
+    for pair in pairs:
+        example = examples[pair.row]
+        stop = min(pair.start + segment_len, len(pair.chosen)) if segment_len else len(pair.chosen)
+        assert pair.chosen == example.chosen and pair.rejected[:pair.start] == example.chosen[:pair.start]
+        assert end not in pair.rejected[:-1]
+        written = pair.rejected[pair.start:]
+        if end not in written[:stop - pair.start] and segment_len:
+            assert pair.rejected[stop:] == example.chosen[stop:] and len(written) >= stop - pair.start
+        for layout in (sapo.shared_layout, sapo.concatenated_layout):
+            laid, scored = layout(pair)
+            labels = {kind: [] for kind in range(4)}
+            for row, column, label, kind in scored:
+                tokens, positions, branches = laid[row]
+                labels[kind].append((label, positions[column], tokens[column]))
+            assert [label for label, *_ in labels[sapo.PROMPT]] == pair.prompt[1:] and [label for label, *_ in labels[sapo.SHARED]] == pair.chosen[:pair.start]
+            for kind, response in ((sapo.CHOSEN, pair.chosen), (sapo.REJECTED, pair.rejected)):
+                branch = response[pair.start:]
+                whole = [*pair.prompt, *response]
+                first = len(pair.prompt) + pair.start - 1
+                assert labels[kind] == [(label, first + i, whole[first + i]) for i, label in enumerate(branch)]
+
+
+@hypothesis_settings(max_examples=60, deadline=None)
+@given(capacity=st.integers(1, 9), moves=st.lists(st.integers(0, 4), max_size=30), seed=st.integers(0, 9))
+def test_buffer_always_holds_together(capacity, moves, seed):
+    """Whatever is added and drawn: never over capacity, counts are the draws, and a round trip through a file with plain
+    types only changes nothing that follows."""
+    buffer, drawn, added = ReplayBuffer(capacity, seed), [], 0
+    for move in moves:
+        if move < 3:
+            buffer.add(Pair([added], [1], [2], 0, added))
+            added += 1
+        else:
+            drawn += [pair.row for pair in buffer.sample(min(move, len(buffer)))]
+        assert len(buffer) == min(added, capacity) and [pair.row for pair in buffer.items] == list(range(max(0, added - capacity), added))
+        assert buffer.counts == [drawn.count(pair.row) for pair in buffer.items]
+    file = io.BytesIO()
+    torch.save(buffer.state_dict(), file)
+    file.seek(0)
+    other = ReplayBuffer(capacity)
+    other.load_state_dict(torch.load(file, weights_only=True), item=Pair)
+    for one in (buffer, other):
+        one.add(Pair([9], [9], [9], 0, -5))
+    assert [buffer.sample(len(buffer)) for _ in range(3)] == [other.sample(len(other)) for _ in range(3)]
+    assert buffer.state_dict() == other.state_dict()
 
 
 @pytest.mark.parametrize("files, use", [

@@ -10,6 +10,7 @@ departs from the paper's text in two places: line 9 gives the EMA model x and A 
 is to rewrite), and line 17 happens every --ema_every optimizer steps, as the paper's Section 5.1 says. The baselines
 (ORPO, DPO, SFT, SPIN, on-policy) are settings of the same loop.
 """
+import bisect
 import contextlib
 import copy
 import math
@@ -24,12 +25,13 @@ from buffer import ReplayBuffer
 from ema import EMA
 from losses import dpo_loss, orpo_loss
 from sapo import Pair, check_generation, pair_logps, probe
-from support.checkpoint import bf16_copy, check_ids, checkpoint_layers, end_token_ids, load_model, new_run_folder, save_model
+from support.checkpoint import changed, finished, fingerprint, newest, new_run_folder, read_checkpoint, take_up, to_go_on_from, write_checkpoint
 from support.evaluate import Evaluation, batches, column_pair, write_pairs
-from support.parallel import World, leave
+from support.models import bf16_copy, check_ids, checkpoint_layers, end_token_ids, load_model, save_model
+from support.parallel import Stop, World, leave, lost_process
 from support.report import Clock, Report, buffer_statistics, header, pair_statistics, peak_memory_mib
 from support.rows import Tokenize, load_data
-from support.settings import Settings, UserError, parse
+from support.settings import RunFailed, Settings, Stopped, UserError, as_saved, parse, run_folder
 
 ORDER, REWRITE, ANSWER, DRAW = 1, 2, 3, 4       # random streams, so that no two uses of one seed share their numbers
 
@@ -59,11 +61,14 @@ def pair_losses(s: Settings, logps, reference_logps, beta: float):
     return dpo_loss(chosen_logps, rejected_logps, *reference_logps[:2], beta, s.label_smoothing)
 
 
-def learn(s: Settings, world: World, scorer, reference, pairs: list[Pair], beta: float) -> dict[str, float]:
-    """Algorithm 1 line 15: gradients of the mean loss over all processes' pairs. Returns the means of what was seen."""
+def learn(s: Settings, world: World, scorer, reference, pairs: list[Pair], beta: float) -> tuple[dict, list[int]]:
+    """Algorithm 1 line 15: gradients of the mean loss over all processes' pairs.
+
+    Returns the means of what was seen, and the rows of this process's pairs whose loss is not finite.
+    """
     how = {"average": s.loss != "dpo", "skip_shared": s.loss == "dpo", "nll_on": s.nll_on}
     total, = world.sum([len(pairs)])
-    tallies = {}                                                        # name -> [sum, count]
+    tallies, suspects = {}, []                                          # tallies: name -> (sum, count)
     micro = batches(sorted(pairs, key=pair_length), s.micro_batch)      # alike lengths together: less padding
     for i, chunk in enumerate(micro):
         last = i + 1 == len(micro) or world.size == 1
@@ -75,6 +80,7 @@ def learn(s: Settings, world: World, scorer, reference, pairs: list[Pair], beta:
             losses, chosen_rewards, rejected_rewards = pair_losses(s, logps, reference_logps, beta)
             # DDP averages over processes; the mean is over pairs.
             (losses.sum() * world.size / total).backward()
+        suspects += [pair.row for pair, loss in zip(chunk, losses.tolist()) if not math.isfinite(loss)]
         seen = {"loss": losses, "nll": logps[2], "chosen_logps": logps[0]}
         if s.loss != "sft":
             margin = chosen_rewards - rejected_rewards
@@ -84,7 +90,7 @@ def learn(s: Settings, world: World, scorer, reference, pairs: list[Pair], beta:
         for name, values in seen.items():
             before = tallies.get(name, (0.0, 0))
             tallies[name] = (before[0] + float(values.detach().sum()), before[1] + len(values))
-    return world.means(tallies)
+    return world.means(tallies), suspects
 
 
 def pair_length(pair: Pair) -> int:
@@ -133,8 +139,8 @@ class Writer:
     start of an iteration. data: the rejected response is the row's own. With --loss sft there is none.
     """
 
-    def __init__(self, s: Settings, world: World, model, ends: list[int], rows: list, steps: int):
-        self.s, self.world, self.source, self.ends, self.rows, self.steps = s, world, model, ends, rows, steps
+    def __init__(self, s: Settings, world: World, model, ema: EMA | None, ends: list[int], rows: list, steps: int):
+        self.s, self.world, self.source, self.ema, self.ends, self.rows, self.steps = s, world, model, ema, ends, rows, steps
         self.model = bf16_copy(model) if model is not None and s.dtype == "bf16" else model
         self.answers = {}       # SPIN: row number -> its pairs
         self.ready = {}         # step -> its pairs, written ahead
@@ -144,8 +150,7 @@ class Writer:
         mine = self.rows[self.world.rank::self.world.size]
         pairs = self._generate(mine, [[ANSWER, self.s.seed, number, row.number] for row in mine])
         self.answers = {}
-        for fields in (fields for part in self.world.gather([tuple(pair) for pair in pairs]) for fields in part):
-            pair = Pair(*fields)
+        for pair in (pair for part in self.world.gather(pairs) for pair in part):
             self.answers.setdefault(pair.row, []).append(pair)
 
     def __call__(self, step: int) -> list[Pair]:
@@ -160,12 +165,21 @@ class Writer:
             return [column_pair(row)._replace(step=step) for row in rows]
         return [pair._replace(step=step) for row in rows for pair in self.answers[row.number]]
 
+    def state_dict(self) -> dict:
+        """What was written and not yet used; pairs as plain tuples."""
+        return {name: {key: [tuple(pair) for pair in pairs] for key, pairs in held.items()}
+                for name, held in (("answers", self.answers), ("ready", self.ready))}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.answers, self.ready = ({key: [Pair(*fields) for fields in pairs] for key, pairs in state[name].items()}
+                                    for name in ("answers", "ready"))
+
     def _write_ahead(self, step: int) -> None:
         """Write the pairs of this step and, in one batch with them, of the next ones up to the EMA model's next refresh:
         it would write them no differently then. As many steps as --generate_batch has room for."""
-        refresh = self.s.ema_every if self.s.rejected == "ema" else 1
+        same = self.ema.update_every - self.ema.steps % self.ema.update_every if self.s.rejected == "ema" else 1
         room = self.s.generate_batch // (self.s.batch_size // self.world.size * self.s.num_rejected)
-        last = min(math.ceil(step / refresh) * refresh, step + max(1, room) - 1, self.steps)
+        last = min(step + same - 1, step + max(1, room) - 1, self.steps)
         work = [(row, n) for n in range(step, last + 1) for row in rows_of_step(self.s, self.rows, n, self.world)]
         pairs = self._generate([row for row, _ in work], [[REWRITE, self.s.seed, n, row.number] for row, n in work])
         for (_, n), few in zip(work, batches(pairs, self.s.num_rejected)):
@@ -184,20 +198,25 @@ def seed_of(numbers: list[int]) -> int:
     return int(np.random.default_rng(numbers).integers(2 ** 63))
 
 
-def train(s: Settings) -> None:
-    """One run: set up, evaluate, Algorithm 1, evaluate, save."""
+def train(s: Settings, stop: Stop | None = None) -> None:
+    """One run: set up, evaluate, Algorithm 1, evaluate, save. stop: tells when a signal asked for an end."""
+    stop, asked = stop or Stop(), as_saved(s)
     world = World(s.threads)
     if s.batch_size % world.size or s.buffer_size % world.size:
         raise UserError(f"--batch_size {s.batch_size} and --buffer_size {s.buffer_size} must divide evenly among {world.size} processes")
+    checkpoint = world.on_main(lambda: to_go_on_from(s.resume)) if s.resume else None
+    if s.resume and world.on_main(lambda: finished(s)):
+        return world.say(f"{run_folder(s.resume)} had finished: there is nothing left to do")
+    other = changed(s) if s.resume else {}
     policy, tokenizer = load_model(s, world.device)
     tokenize = Tokenize(tokenizer, s.max_prompt_len, s.max_len, use_rejected=s.rejected == "data" and s.loss != "sft")
-    rows, held = load_data(s, tokenize)
+    rows, held = load_data(s, tokenize, world.say)
     check_ids(policy, rows + held, s)
     ends = end_token_ids(policy, tokenizer, tokenize.turn_end)
     by_number = {row.number: row for row in rows}
     per_iteration = math.ceil(s.epochs * len(rows) / s.batch_size)
     steps = s.steps or per_iteration * s.iterations
-    starts = {i * steps // s.iterations + 1: i for i in range(s.iterations)}        # first step of each iteration (SPIN)
+    bounds = [i * steps // s.iterations for i in range(s.iterations + 1)]               # last step of each iteration (SPIN)
 
     # Before any copy of the policy is made: the copies inherit what is found.
     try:
@@ -211,26 +230,39 @@ def train(s: Settings) -> None:
     frozen = copy.deepcopy(policy).requires_grad_(False) if s.ref or s.rejected == "iteration" else None
     reference = frozen if s.loss == "dpo" else None
     author = {"ema": ema and ema.model, "policy": policy, "iteration": frozen, "data": None}[s.rejected]
-    write = Writer(s, world, author, ends, rows, steps)
+    write = Writer(s, world, author, ema, ends, rows, steps)
     if s.grad_checkpoint:
         checkpoint_layers(policy)
     scorer = world.wrap(Scorer(policy, s.compile))          # after the copies, which are neither compiled nor checkpointed
     optimizer = make_optimizer(s, policy)
-
-    folder = world.on_main(lambda: new_run_folder(s))
-    report = Report(s, world, folder, steps)
-    report.say(header(s, world, policy, rows, held, steps, folder))
     evaluate = Evaluation(s, world, tokenizer, ends, held, policy)
-    before = evaluate(policy)
 
-    for step in range(1, steps + 1):                                                    # line 4
+    # What a checkpoint holds. Order of rows, segments and sampling need no state: their seeds come from the step.
+    shared = {"policy": policy, "optimizer": optimizer, "ema": ema, "frozen": frozen}   # the same in every process
+    own = {"buffer": buffer, "writer": write}
+    tally = {"data": fingerprint(rows), "before": None, "skipped": 0, "bad_in_a_row": 0}
+    done = 0
+    if checkpoint:
+        done, found = read_checkpoint(checkpoint, world, shared, own)
+        if found["data"] != tally["data"]:
+            raise UserError(f"--resume {s.resume}: {s.data} is not what it was when that run began; start a new one")
+        tally = found
+    folder = run_folder(s.resume) if s.resume else world.on_main(lambda: new_run_folder(s))
+    if s.resume:
+        world.say(world.on_main(lambda: take_up(s, done, other)))
+    report = Report(asked, world, folder, steps, done)
+    report.say(header(s, world, policy, rows, held, steps, folder))
+    tally["before"] = tally["before"] or evaluate(policy)
+
+    stop.training = True
+    for step in range(done + 1, steps + 1):                                             # line 4
         clock = Clock(world.device)
-        if step in starts:
-            iteration, first, last = starts[step], step, min([n for n in starts if n > step], default=steps + 1) - 1
-            if s.rejected == "iteration":
-                frozen.load_state_dict(policy.state_dict())
-                write.start_iteration(iteration)
-                optimizer = make_optimizer(s, policy)
+        iteration = bisect.bisect_left(bounds, step) - 1
+        first, last = bounds[iteration] + 1, bounds[iteration + 1]
+        if s.rejected == "iteration" and step == first:
+            frozen.load_state_dict(policy.state_dict())
+            write.start_iteration(iteration)
+            optimizer = shared["optimizer"] = make_optimizer(s, policy)
 
         # Sampling stage
         new = write(step)                                                               # lines 6 to 10
@@ -245,20 +277,26 @@ def train(s: Settings) -> None:
 
         # Training stage
         optimizer.zero_grad(set_to_none=True)
-        means = learn(s, world, scorer, reference, pairs, s.beta[iteration])            # line 15
+        means, suspects = learn(s, world, scorer, reference, pairs, s.beta[iteration])  # line 15
         clock.lap("score")
         lr = learning_rate(s, step - first + 1, last - first + 1, s.lr[iteration])
         for group in optimizer.param_groups:
             group["lr"] = lr
-        grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), s.max_grad_norm or math.inf)
-        optimizer.step()                                                                # line 16
-        if ema:
-            ema.update(policy)                                                          # line 17
+        grad_norm = float(nn.utils.clip_grad_norm_(policy.parameters(), s.max_grad_norm or math.inf))
+        finite, = world.sum([math.isfinite(means["loss"]) and math.isfinite(grad_norm)])
+        if finite == world.size:        # all processes take the step, or none
+            optimizer.step()                                                            # line 16
+            if ema:
+                ema.update(policy)                                                      # line 17
+            tally["bad_in_a_row"] = 0
+        else:
+            tally["skipped"], tally["bad_in_a_row"] = tally["skipped"] + 1, tally["bad_in_a_row"] + 1
+            report.say(f"step {step}: loss or gradient is not finite; no process takes the step; {blame(world, suspects, pairs)}")
         if s.ref in ("policy", "ema") and step % s.ref_every == 0:                      # Table 4
             reference.load_state_dict((ema.model if s.ref == "ema" else policy).state_dict())
         clock.lap("update")
 
-        record = {"step": step, "epoch": step * s.batch_size / len(rows), **means, "lr": lr, "grad_norm": float(grad_norm)}
+        record = {"step": step, "epoch": step * s.batch_size / len(rows), **means, "lr": lr, "grad_norm": grad_norm, "skipped": tally["skipped"]}
         if write.model is not None:
             record |= world.means(pair_statistics(new, by_number, tokenizer, ends, s.segment_len))
         if buffer is not None:
@@ -271,23 +309,55 @@ def train(s: Settings) -> None:
             shown = next((pair for pair in new if pair.chosen != pair.rejected), new[0])
             report.pair(shown, tokenizer, ends, s.segment_len)
 
+        if tally["bad_in_a_row"] >= s.max_bad_steps:
+            report.close()
+            raise RunFailed(f"stopped after {s.max_bad_steps} steps in a row without a finite loss and gradient; lower --lr, or look at "
+                            "the rows named above" + (f"; the last checkpoint is as it was: --resume {folder}" if newest(folder) else ""))
+        ending = world.sum([stop.asked])[0]
+        if ending or s.save_every and step % s.save_every == 0:
+            write_checkpoint(folder, step, world, shared, own, tally, s.keep)
+        if ending:
+            report.close()
+            raise Stopped(f"stopped by a signal after step {step}, and saved; go on with --resume {folder}")
+
     report.close()
-    after = evaluate(policy)
-    if world.is_main:
-        save_model(policy, tokenizer, ends, folder / "final")
-    report.summary(before, after)
+    world.on_main(lambda: save_model(policy, tokenizer, ends, folder / "final"))
+    report.summary(tally["before"], evaluate(policy))
+
+
+def blame(world: World, suspects: list[int], pairs: list[Pair]) -> str:
+    """Which rows a step without a finite loss or gradient came from: those with such a loss, else all of the step."""
+    named = sorted({row for part in world.gather(suspects) for row in part})
+    return f"rows {named} have such a loss" if named else f"its rows: {sorted({pair.row for part in world.gather(pairs) for pair in part})}"
 
 
 def main() -> None:
-    status = 0
+    status, stop = 0, Stop()
     try:
-        train(parse(sys.argv[1:]))
+        stop.listen()
+        train(parse(sys.argv[1:]), stop)
     except UserError as error:
-        status = 2
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"train.py: {error}", file=sys.stderr)
+        status = say_error(error, error.status)
+    except KeyboardInterrupt as error:
+        status = say_error(error, Stopped.status)
+    except OSError as error:
+        status = say_error(f"{error.filename or 'the output folder'}: {error.strerror or error}", RunFailed.status)
+    except RuntimeError as error:
+        if not lost_process(error):
+            raise
+        say_error("another process of this run is gone; go on from the last checkpoint with --resume", RunFailed.status, on_all=True)
+        os._exit(RunFailed.status)          # leaving in good order would wait for the others
+    finally:
+        stop.restore()
     leave()
     sys.exit(status)
+
+
+def say_error(error, status: int, on_all: bool = False) -> int:
+    """Print what went wrong, on one process or on all; returns the exit status."""
+    if on_all or int(os.environ.get("RANK", 0)) == 0:
+        print(f"train.py: {error}", file=sys.stderr, flush=True)
+    return status
 
 
 if __name__ == "__main__":

@@ -1,111 +1,247 @@
-"""Models and tokenizers in from a folder or the hub, out to an ordinary Hugging Face folder."""
-import copy
+"""Checkpoints: everything a run needs to go on as if it had never stopped, and the folder a run lives in.
+
+A checkpoint is a folder RUN/checkpoints/step-000120 with shared.pt (what all processes have in common), rank0.pt, ...
+(what each has of its own) and manifest.json with the SHA-256 of each. It is written under another name, flushed to the
+disk, and renamed when it is whole, so that a folder of that name was whole once; the manifest tells whether it still is.
+Files are read with weights_only=True: nothing in them is ever executed.
+"""
+import hashlib
 import itertools
+import json
+import os
+import pickle
+import shutil
+import zlib
 from pathlib import Path
 
+import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from support.rows import CHATML, VICUNA
-from support.settings import Settings, UserError, located
+from sapo import Pair
+from support.parallel import lost_process
+from support.report import write_whole
+from support.settings import RunFailed, Settings, UserError, changes, located, run_folder, say_changes
 
-
-def load_model(settings: Settings, device):
-    """The policy and its tokenizer. Weights are fp32 whatever the folder holds: bf16 would round small steps away.
-
-    Lowers the settings' max_len to the positions the model has. Raises UserError where there is no model, or one this
-    program can't train.
-    """
-    name = str(located(settings.model))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        if settings.random_init:
-            torch.manual_seed(settings.seed)
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), dtype=torch.float32)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"--model {settings.model}: not a causal language model with its tokenizer ({reason})") from None
-    added = set_template(tokenizer, settings.chat_template)
-    if added and len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer))
-    try:                                            # saving refuses what loading let pass: find out now
-        model.generation_config.validate(strict=True)
-    except ValueError:
-        model.generation_config.do_sample = True    # sampling values beside do_sample=False are the usual reason
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or settings.max_len
-    settings.max_len = min(settings.max_len, positions)
-    settings.max_prompt_len = min(settings.max_prompt_len, settings.max_len - 1)
-    return model.to(device).eval(), tokenizer       # eval: no dropout, in training either, as in the EMA and reference
-
-
-def checkpoint_layers(model) -> None:
-    """Gradient checkpointing: each decoder layer keeps its input only. The model stays in eval mode, without dropout."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable     # the older name
-    enable({"use_reentrant": False})
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer.training = True           # transformers checkpoints in training mode only; the layer's parts stay as they are
-            for name, value in vars(layer).items():
-                if name.endswith("dropout") and isinstance(value, float):       # some layers (OPT's) apply their own
-                    setattr(layer, name, 0.0)
-
-
-def bf16_copy(model):
-    """A copy to generate from, its weights in bf16; what is no weight (rotary frequencies) keeps its precision."""
-    model = copy.deepcopy(model).requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.bfloat16()
-    return model
-
-
-def check_ids(model, rows, settings: Settings) -> None:
-    """Raises UserError where the tokenizer gives ids that the model has no embedding for."""
-    width = model.get_input_embeddings().num_embeddings
-    largest = max(max(max(row.prompt), max(row.chosen), max(row.rejected or [0])) for row in rows)
-    if largest >= width:
-        raise UserError(f"--model {settings.model}: the tokenizer gives id {largest}, the model's embedding has {width} "
-                        "entries; they do not belong together")
-
-
-def set_template(tokenizer, name: str | None) -> int:
-    """Give the tokenizer a chat template by name; returns how many tokens had to be added for it."""
-    if name is None:
-        return 0
-    adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    tokenizer.chat_template = "{{ bos_token }}" * adds_bos + {"chatml": CHATML, "vicuna": VICUNA}[name]
-    if name == "vicuna":                            # ends turns with the EOS, so it needs no token of its own
-        return 0
-    return tokenizer.add_tokens([t for t in ("<|im_start|>", "<|im_end|>") if t not in tokenizer.get_vocab()], special_tokens=True)
-
-
-def end_token_ids(model, tokenizer, turn_end: int) -> list[int]:
-    """Every token that ends a response: the template's own, the tokenizer's EOS, what the model's generation knows."""
-    known = model.generation_config.eos_token_id
-    ids = {turn_end, tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])} - {None}
-    return sorted(i for i in ids if i < model.get_input_embeddings().num_embeddings)
-
-
-def save_model(model, tokenizer, ends: list[int], folder: Path) -> None:
-    """Write an ordinary Hugging Face folder: weights, tokenizer, chat template, every end token for generation."""
-    model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+MANIFEST = "manifest.json"
+OWN_NAMES = ("metrics.jsonl", "settings.json", "summary.json", "checkpoints", "final")      # what a run puts into its folder
 
 
 def new_run_folder(settings: Settings) -> Path:
-    """The output folder, made: --out, or the next free runs/NNNN. Raises UserError where it holds a run already."""
+    """The output folder, made: --out, or the next free runs/NNNN. Raises UserError where it holds a run already, unless
+    --overwrite is given: then that run's files are removed, and no others."""
     if settings.out is None:
         numbers = (Path("runs") / f"{number:04d}" for number in itertools.count(1))
         folder = next(folder for folder in numbers if not folder.exists())
     else:
         folder = Path(settings.out)
-    if (folder / "metrics.jsonl").exists():
-        raise UserError(f"--out {folder}: holds a run already; name another folder")
+    old = [folder / name for name in OWN_NAMES if (folder / name).exists()]
+    if old and not settings.overwrite:
+        raise UserError(f"--out {folder}: holds a run already; name another folder, go on with --resume {folder}, or replace it with --overwrite")
+    needed = [located(name).resolve() for name in (settings.model, settings.data, settings.eval_data) if name]
+    if any(path.resolve() in (source, *source.parents) for path in old for source in needed):
+        raise UserError(f"--overwrite: {folder} holds the model or the data that this run starts from; name another folder")
     try:
+        for path in old:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         folder.mkdir(parents=True, exist_ok=settings.out is not None)
     except OSError as error:
         raise UserError(f"--out {folder}: {error.strerror}") from None
     return folder
+
+
+def write_checkpoint(run: Path, step: int, world, shared: dict, own: dict, tally: dict, keep: int) -> None:
+    """Write RUN/checkpoints/step-NNNNNN, all processes together; older ones beyond `keep` go once it is whole.
+
+    shared, own: name -> what has a state_dict(), or None; the same in every process, and this one's own. tally: plain
+    numbers. Raises RunFailed on every process when one could not write (a full disk): the checkpoints before it are untouched.
+    """
+    final = run / "checkpoints" / f"step-{step:06d}"
+    partial = final.with_suffix(".partial")
+    try:
+        world.on_main(lambda: fresh_folder(partial))
+        files = {f"rank{world.rank}.pt": states(own)}
+        if world.is_main:
+            files["shared.pt"] = states(shared) | {"tally": tally, "step": step}
+        parts = world.everywhere(lambda: {name: write_file(partial / name, state) for name, state in files.items()})
+        hashes = {name: digest for part in parts for name, digest in part.items()}
+        world.on_main(lambda: finish(partial, final, {"step": step, "processes": world.size, "sha256": hashes}, keep))
+    except (OSError, RuntimeError) as error:        # RuntimeError: what torch.save makes of a write that failed
+        if lost_process(error):
+            raise
+        if world.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        last = newest(run)
+        raise RunFailed(f"{final}: could not write the checkpoint ({error_text(error)}); make room and go on with --resume {run} "
+                        + (f"from {last.name}" if last else "from the start")) from None
+
+
+def states(parts: dict) -> dict:
+    return {name: part.state_dict() for name, part in parts.items() if part is not None}
+
+
+def fresh_folder(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)       # left by a run that was killed while it wrote
+    folder.mkdir(parents=True)
+
+
+def write_file(path: Path, state: dict) -> str:
+    """Save a state, flushed to the disk; returns the file's SHA-256."""
+    with open(path, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    return sha256(path)
+
+
+def finish(partial: Path, final: Path, manifest: dict, keep: int) -> None:
+    """The manifest, then the name, then the old ones: in this order, so that every moment leaves something whole."""
+    with open(partial / MANIFEST, "w", encoding="utf-8") as file:
+        json.dump(manifest, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    flush_folder(partial)
+    shutil.rmtree(final, ignore_errors=True)        # of the same step, from before a resume
+    partial.rename(final)
+    flush_folder(final.parent)
+    for old in all_checkpoints(final.parent.parent)[:-keep]:
+        old.rename(old.with_suffix(".partial"))     # removing takes a while, and half of one must not look like one
+    for left in final.parent.glob("*.partial"):
+        shutil.rmtree(left)
+
+
+def flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def all_checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run that were completed, oldest first."""
+    found = (manifest.parent for manifest in run.glob(f"checkpoints/step-*/{MANIFEST}"))
+    return sorted((folder for folder in found if folder.suffix != ".partial"), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def newest(run: Path) -> Path | None:
+    """The newest completed checkpoint of a run, or None."""
+    return next(reversed(all_checkpoints(run)), None)
+
+
+def to_go_on_from(resume: str) -> Path | None:
+    """The checkpoint that --resume names, by itself or as the newest of its run; None where there is none yet."""
+    path, run = Path(resume), run_folder(resume)
+    if path != run and not (path / MANIFEST).exists():
+        raise UserError(f"--resume {resume}: not a checkpoint that was completed (no {MANIFEST})")
+    return path if path != run else newest(run)
+
+
+def read_checkpoint(checkpoint: Path, world, shared: dict, own: dict) -> tuple[int, dict]:
+    """Load what write_checkpoint wrote into the same parts; returns the step and the tally.
+
+    Raises UserError when a file is missing or not what the manifest says, naming it and the checkpoint before; or when
+    another number of processes wrote it.
+    """
+    manifest = world.on_main(lambda: verified(checkpoint))
+    if manifest["processes"] != world.size:
+        raise UserError(f"--resume: {checkpoint} was written by {manifest['processes']} processes and this run has {world.size}; "
+                        f"start it with --nproc_per_node {manifest['processes']}")
+    read = []
+    world.everywhere(lambda: read.extend(load_file(checkpoint / name) for name in ("shared.pt", f"rank{world.rank}.pt")))
+    try:
+        for parts, found in zip((shared, own), read):
+            for name, part in parts.items():
+                if part is not None:
+                    part.load_state_dict(found[name], **({"item": Pair} if name == "buffer" else {}))
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError(f"{checkpoint}: does not fit this model and these settings ({error_text(error)})") from None
+    return read[0]["step"], read[0]["tally"]
+
+
+def load_file(path: Path) -> dict:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{path}: holds more than tensors, numbers and text, so no checkpoint of this program; it was not loaded") from None
+
+
+def verified(checkpoint: Path) -> dict:
+    """The manifest, once every file in it is found to be as it was written."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        files = dict(manifest["sha256"])
+        wrong = next((name for name, digest in files.items() if sha256(checkpoint / name) != digest), None)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        wrong = getattr(error, "filename", None) or MANIFEST
+    if wrong is None:
+        return manifest
+    before = [other for other in all_checkpoints(checkpoint.parent.parent) if step_of(other) < step_of(checkpoint)]
+    raise UserError(f"{checkpoint}: {Path(wrong).name} is damaged (not what was written, by its SHA-256); "
+                    + (f"go on from the checkpoint before it with --resume {before[-1]}" if before else "there is none before it"))
+
+
+def changed(settings: Settings) -> dict:
+    """What differs from the settings of the run that is resumed."""
+    return changes(json.loads((run_folder(settings.resume) / "settings.json").read_text(encoding="utf-8")), settings)
+
+
+def finished(settings: Settings) -> bool:
+    """Did the run that is resumed come to its end, and is no more asked of it now?
+
+    Raises UserError where more is asked and no checkpoint was kept to go on from.
+    """
+    run = run_folder(settings.resume)
+    if not (run / "summary.json").exists() or Path(settings.resume) != run:
+        return False
+    more = {"steps", "epochs"} & set(changed(settings))
+    if more and newest(run) is None:
+        raise UserError(f"--resume {settings.resume}: the run had finished, and kept no checkpoint to go on from; start a new one with --model {run / 'final'}")
+    return not more
+
+
+def take_up(settings: Settings, done: int, other: dict) -> str:
+    """Take the folder of the run that is resumed back to the step it goes on from: its records, later checkpoints, its
+    summary. other: settings that differ. Returns what to say of it."""
+    run = run_folder(settings.resume)
+    trim_metrics(run / "metrics.jsonl", done)
+    (run / "summary.json").unlink(missing_ok=True)
+    for later in all_checkpoints(run):
+        if step_of(later) > done:
+            later.rename(later.with_suffix(".partial"))
+            shutil.rmtree(later.with_suffix(".partial"))
+    return (f"{run}: " + (f"going on after step {done}" if done else "no checkpoint was written yet; starting over")
+            + (f", with other settings: {say_changes(other)}" if other else ""))
+
+
+def fingerprint(rows) -> int:
+    """A number that changes when any token of the training rows does."""
+    found = 0
+    for row in rows:
+        found = zlib.crc32(np.asarray([*row.prompt, -1, *row.chosen, -1, *(row.rejected or [])], dtype=np.int64).tobytes(), found)
+    return found
+
+
+def trim_metrics(path: Path, step: int) -> None:
+    """Drop the records after `step`, which the run will write again; what was cut short goes with them."""
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        try:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+        except ValueError:
+            break
+        kept.append(line)
+    write_whole(path, b"".join(kept))
+
+
+def error_text(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error).strip().split("\n")[0] or type(error).__name__

@@ -1,6 +1,7 @@
 """Several processes: started by torchrun, one a device, each with its share of every batch (DDP)."""
 import gc
 import os
+import signal
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def say(self, text: str) -> None:
+        """Print on rank 0."""
+        if self.is_main:
+            print(text, flush=True)
+
     def wrap(self, module):
         """The module whose forward is to be called in training: DDP where there are several processes."""
         if self.size == 1:
@@ -50,19 +56,23 @@ class World:
         flat = self.sum([x for tally in tallies.values() for x in tally])
         return {name: total / count for name, total, count in zip(tallies, flat[::2], flat[1::2]) if count}
 
-    def on_main(self, function):
-        """What function() gives on rank 0, on every rank; an error it raises there is raised on every rank too, so that
-        none waits for the others."""
+    def everywhere(self, function) -> list:
+        """What function() gives on each rank, in their order; an error that it raises on one is raised on every rank, so
+        that none waits for another."""
         result = error = None
-        if self.is_main:
-            try:
-                result = function()
-            except Exception as raised:
-                error = raised
-        result, error = self.gather((result, error))[0]
-        if error is not None:
-            raise error
-        return result
+        try:
+            result = function()
+        except Exception as raised:
+            error = raised
+        found = self.gather((result, error))
+        for _, error in found:
+            if error is not None:
+                raise error
+        return [result for result, _ in found]
+
+    def on_main(self, function):
+        """What function() gives on rank 0, on every rank, errors included."""
+        return self.everywhere(lambda: function() if self.is_main else None)[0]
 
     def gather(self, thing) -> list:
         """What each process has, in the order of ranks."""
@@ -71,6 +81,33 @@ class World:
         things = [None] * self.size
         dist.all_gather_object(things, thing)
         return things
+
+
+class Stop:
+    """SIGTERM and Ctrl-C: the first is noted, so that the loop can finish its step and save; a second ends the process at once."""
+
+    def __init__(self):
+        self.asked = self.training = False
+        self.before = {}
+
+    def listen(self) -> None:
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _note(self, number, frame) -> None:
+        for other in self.before:
+            signal.signal(other, signal.SIG_DFL)
+        self.asked = True
+        if not self.training:           # no Exception: nothing on the way may take it for a bad row
+            raise KeyboardInterrupt("stopped by a signal before training began: there was nothing to save")
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def lost_process(error: Exception) -> bool:
+    """Does an error of torch.distributed say that another process is gone?"""
+    return dist.is_initialized() and any(word in str(error).lower() for word in ("gloo", "nccl", "connection", "peer", "socket"))
 
 
 def leave() -> None:

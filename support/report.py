@@ -1,6 +1,8 @@
 """What a person sees of a run, and what is written down of it."""
 import dataclasses
 import json
+import math
+import os
 import resource
 import sys
 import time
@@ -15,14 +17,15 @@ from support.rows import passes
 class Report:
     """Header, progress line, metrics.jsonl, printed pairs and the closing table; silent but on rank 0."""
 
-    def __init__(self, settings, world, folder: Path, steps: int):
-        self.settings, self.world, self.folder = settings, world, folder
-        self.bar = tqdm(total=steps, unit="step", disable=not world.is_main, dynamic_ncols=True,
+    def __init__(self, settings: dict, world, folder: Path, steps: int, done: int = 0):
+        """settings: as they were asked for, for settings.json. done: steps already taken, by the run that is resumed."""
+        self.world, self.folder = world, folder
+        self.bar = tqdm(total=steps, initial=done, unit="step", disable=not world.is_main, dynamic_ncols=True,
                         mininterval=0.5 if sys.stderr.isatty() else 15)         # a log file wants fewer lines
         self.file = None
         if world.is_main:
-            self.file = open(folder / "metrics.jsonl", "w", encoding="utf-8")
-            write_json(folder / "settings.json", dataclasses.asdict(settings))
+            self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8")
+            write_json(folder / "settings.json", settings)
 
     def say(self, text: str = "") -> None:
         if self.world.is_main:
@@ -32,7 +35,7 @@ class Report:
     def step(self, record: dict) -> None:
         """One flat line in metrics.jsonl, and the progress line moved on."""
         if self.world.is_main:
-            self.file.write(json.dumps(record) + "\n")
+            self.file.write(json.dumps({name: value if math.isfinite(value) else None for name, value in record.items()}) + "\n")
             self.file.flush()
             self.bar.set_postfix_str(f"loss {record['loss']:.4f}", refresh=False)
             self.bar.update()
@@ -143,4 +146,14 @@ def header(settings, world, model, rows, held, steps: int, folder: Path) -> str:
 
 
 def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Replace a file at once, so that it is the old one or the new one whatever happens meanwhile."""
+    partial = path.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

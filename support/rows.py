@@ -11,6 +11,8 @@ from pathlib import Path
 
 from support.settings import UserError, located
 
+LARGEST_ROW = 2_000_000         # bytes; tokenizing what is larger takes minutes, to keep a few thousand tokens of it
+
 CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
           "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 VICUNA = ("{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
@@ -42,10 +44,10 @@ def passes(check: str, response: str, chosen: str) -> bool:
     return re.findall(check, response) == re.findall(check, chosen)
 
 
-def read_rows(path: str) -> list[tuple[str, dict]]:
+def read_rows(path: str) -> list[tuple[str, dict | UserError]]:
     """All rows of a .jsonl or .json file, or of the ones in a folder, each with where it stands ("file, line 3").
 
-    Raises UserError when there is nothing, or something that is not a JSON object.
+    In the place of a row that can't be read stands the UserError that says why. Raises UserError when there is nothing.
     """
     source = located(path)
     if not source.exists():
@@ -57,29 +59,42 @@ def read_rows(path: str) -> list[tuple[str, dict]]:
     return rows
 
 
-def read_file(file: Path) -> list[tuple[str, dict]]:
+def read_file(file: Path) -> list[tuple[str, dict | UserError]]:
     """The rows of one file: a JSON list in a .json file, otherwise one JSON object a line."""
     try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 at byte {error.start}; convert it first") from None
-    if file.suffix == ".json" and text.lstrip().startswith("["):
+        content = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        raise UserError(f"{file}: can't be read ({error.strerror})") from None
+    if file.suffix == ".json" and content.lstrip().startswith(b"["):
         try:
-            rows = [(f"{file}, row {i}", row) for i, row in enumerate(json.loads(text), 1)]
+            return [(f"{file}, row {i}", check_row(row, f"{file}, row {i}", 0)) for i, row in enumerate(json.loads(content), 1)]
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}: not UTF-8 at byte {error.start}; convert it first") from None
         except json.JSONDecodeError as error:
             raise UserError(f"{file}, line {error.lineno}: not JSON ({error.msg})") from None
-    else:
-        rows = []
-        for i, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    rows.append((f"{file}, line {i}", json.loads(line)))
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{file}, line {i}: not JSON ({error.msg})") from None
-    for where, row in rows:
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: expected an object with `messages` or `prompt` and `chosen`, found {type(row).__name__}")
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{file}: not rows ({error})") from None
+    rows = []
+    for i, line in enumerate(content.split(b"\n"), 1):
+        where = f"{file}, line {i}"
+        if line.strip():
+            try:
+                rows.append((where, check_row(json.loads(line.decode("utf-8")), where, len(line))))
+            except UnicodeDecodeError as error:
+                rows.append((where, UserError(f"{where}: not UTF-8 at byte {error.start} of the line; convert it first")))
+            except json.JSONDecodeError as error:
+                rows.append((where, UserError(f"{where}: not JSON ({error.msg})")))
+            except (ValueError, RecursionError) as error:       # a number of thousands of digits, brackets in brackets
+                rows.append((where, UserError(f"{where}: not a row ({error})")))
     return rows
+
+
+def check_row(row, where: str, size: int) -> dict | UserError:
+    if size > LARGEST_ROW:
+        return UserError(f"{where}: {size / 1e6:.1f} MB in one row, more than a conversation can have ({LARGEST_ROW / 1e6:.0f} MB); split it")
+    if not isinstance(row, dict):
+        return UserError(f"{where}: expected an object with `messages` or `prompt` and `chosen`, found {type(row).__name__}")
+    return row
 
 
 def split_row(row: dict, where: str):
@@ -133,7 +148,7 @@ class Tokenize:
         if tokenizer.eos_token_id is None:
             raise UserError("the tokenizer has no EOS token: set eos_token in its tokenizer_config.json")
         self.tokenizer, self.max_prompt_len, self.max_len = tokenizer, max_prompt_len, max_len
-        self.use_rejected = use_rejected
+        self.use_rejected, self.prompts_cut = use_rejected, 0
         self.turn_end, self.turn_tail = tokenizer.eos_token_id, ""
         if tokenizer.chat_template:
             self.turn_end, self.turn_tail = self._end_of_turn()
@@ -156,7 +171,9 @@ class Tokenize:
             raise UserError(f"{where}: the chat template refuses this conversation: {error}") from None
 
     def __call__(self, row: dict, where: str, number: int) -> Row:
-        """Tokenize and cut one row. Raises UserError on a row that can't be used."""
+        """Tokenize and cut one row, or the error that stands for it. Raises UserError on a row that can't be used."""
+        if isinstance(row, UserError):
+            raise row
         if not self.use_rejected:
             row = {name: value for name, value in row.items() if name != "rejected"}
         prompt, chosen, rejected = split_row(row, where)
@@ -183,7 +200,7 @@ class Tokenize:
     def _check(self, row, where) -> str | None:
         try:
             re.compile(row.get("check") or "")
-        except (re.error, TypeError):
+        except (re.error, TypeError, OverflowError):
             raise UserError(f"{where}: `check` is not a regular expression") from None
         return row.get("check") or None
 
@@ -211,23 +228,54 @@ class Tokenize:
         """A long prompt loses its start, the part furthest from the answer; a BOS stays."""
         if len(ids) <= self.max_prompt_len:
             return ids
+        self.prompts_cut += 1
         bos = ids[:1] if ids[0] == self.tokenizer.bos_token_id and self.max_prompt_len > 1 else []
         return bos + ids[len(ids) - self.max_prompt_len + len(bos):]
 
 
-def load_data(settings, tokenize: Tokenize) -> tuple[list[Row], list[Row]]:
-    """Training and held-out rows. Without --eval_data every k-th row is held out: 2% of them, at most 200."""
+def load_data(settings, tokenize: Tokenize, say=print) -> tuple[list[Row], list[Row]]:
+    """Training and held-out rows. Without --eval_data every k-th row is held out: 2% of them, at most 200.
+
+    Raises UserError on the first row that can't be used; with --skip_bad_rows such rows are left out and counted. say:
+    where that, and a warning about prompts that are in both, goes.
+    """
     start, _, stop = (settings.rows or ":").partition(":")
     used = list(enumerate(read_rows(settings.data)))[int(start or 0):int(stop) if stop else None]
     if not used:
         raise UserError(f"--rows {settings.rows}: {settings.data} has no such rows")
-    rows = [tokenize(row, where, i) for i, (where, row) in used]
+    rows = tokenize_rows(settings.data, used, tokenize, settings.skip_bad_rows, say)
     if settings.eval_data:
-        held = [tokenize(row, where, i) for i, (where, row) in enumerate(read_rows(settings.eval_data))]
+        others = list(enumerate(read_rows(settings.eval_data)))
+        held = tokenize_rows(settings.eval_data, others, tokenize, settings.skip_bad_rows, say)
     else:
         every = max(50, -(-len(rows) // 200))
         held = rows[every - 1::every]
         rows = [row for i, row in enumerate(rows) if (i + 1) % every]
-    if tokenize.use_rejected and any(row.rejected is None for row in rows):
-        raise UserError(f"{settings.data}: --rejected data needs a `rejected` response in every row")
+    prompts = {tuple(row.prompt) for row in rows}
+    known = sum(tuple(row.prompt) in prompts for row in held)
+    if known:
+        say(f"warning: {known} of {len(held)} held-out prompts are in the training data too; what is measured on them is memory")
     return rows, held[:settings.eval_rows]
+
+
+def tokenize_rows(path: str, numbered: list, tokenize: Tokenize, skip_bad_rows: bool, say) -> list[Row]:
+    """Rows that can be used, tokenized."""
+    rows, bad, tokenize.prompts_cut = [], [], 0
+    for number, (where, row) in numbered:
+        try:
+            found = tokenize(row, where, number)
+            if tokenize.use_rejected and found.rejected is None:
+                raise UserError(f"{where}: no `rejected` response, which --rejected data needs in every row")
+            rows.append(found)
+        except UserError as error:
+            if not skip_bad_rows:
+                raise
+            bad.append(error)
+    if bad:
+        say(f"{path}: {len(bad)} of {len(numbered)} rows left out; the first: {bad[0]}")
+    if not rows:
+        raise UserError(f"{path}: not one row that can be used")
+    if all(len(row.prompt) == tokenize.max_prompt_len for row in rows) and tokenize.prompts_cut >= len(rows):
+        raise UserError(f"{path}: every prompt is longer than the {tokenize.max_prompt_len} tokens there are for it and would lose its start; "
+                        "raise --max_prompt_len and --max_len")
+    return rows

@@ -1,6 +1,7 @@
 """The settings of a run: one dataclass, the command line built from it, and what makes no sense together."""
 import argparse
 import dataclasses
+import json
 import os
 import re
 import shlex
@@ -12,7 +13,18 @@ DEMO = REPOSITORY / "recipes" / "demo.txt"
 
 
 class UserError(Exception):
-    """Something the user can put right: one sentence that says what and how. train.py prints it and exits with 2."""
+    """Something the user can put right: one sentence that says what and how. train.py prints it and exits with `status`."""
+    status = 2
+
+
+class Stopped(UserError):
+    """A signal ended the run, after it saved what it had."""
+    status = 3
+
+
+class RunFailed(UserError):
+    """The run can't go on: the disk is full, no step is finite any more, another process is gone."""
+    status = 4
 
 
 def setting(default, comment, choices=None, several=False):
@@ -28,7 +40,10 @@ class Settings:
     data: str = setting(None, "training rows: a .jsonl or .json file, or a folder of them")
     rows: str = setting(None, "which rows of --data to use, as FROM:TO, the first being 0 (none: all)")
     eval_data: str = setting(None, "held-out rows (none: a fixed 2%% of the data, at most 200 rows, is held out)")
+    skip_bad_rows: bool = setting(False, "leave out rows that can't be used, and say how many, instead of stopping at the first")
     out: str = setting(None, "output folder (none: a fresh runs/NNNN)")
+    overwrite: bool = setting(False, "replace the run that --out holds")
+    trust_remote_code: bool = setting(False, "run code that comes with the model or its tokenizer")
     chat_template: str = setting(None, "replace the tokenizer's chat template (paper, Appendix B)", ["chatml", "vicuna"])
     random_init: bool = setting(False, "start from random weights: --model needs only a config.json and a tokenizer")
     max_len: int = setting(2048, "longest prompt and response together, in tokens, or what the model's positions allow; a longer "
@@ -79,6 +94,12 @@ class Settings:
     eval_every: int = setting(0, "steps between evaluations besides those at the start and the end; 0: none between")
     eval_rows: int = setting(500, "most held-out rows used")
     print_every: int = setting(50, "steps between printed pairs; 0: never")
+    # surviving
+    save_every: int = setting(0, "steps between checkpoints; 0: only when a signal ends the run")
+    keep: int = setting(2, "checkpoints kept, the newest ones")
+    resume: str = setting(None, "go on with the run in this folder, from its newest checkpoint, or from the checkpoint named; "
+                          "its settings apply where no others are given")
+    max_bad_steps: int = setting(5, "steps in a row without a finite loss and gradient after which the run stops")
     threads: int = setting(None, "CPU threads of each process (none: the cores, shared evenly)")
 
 
@@ -89,6 +110,8 @@ def parse(argv: list[str]) -> Settings:
     """
     parser = make_parser()
     given = vars(parser.parse_args(argv))
+    if "resume" in given:
+        return parse_resumed(given)
     defaults = {} if "model" in given else vars(parser.parse_args([f"@{DEMO}"]))
     for name in {"model", "data", "eval_data"} & set(defaults):     # the demo's own, whatever folder this is run from
         defaults[name] = os.path.relpath(REPOSITORY / defaults[name])
@@ -98,6 +121,60 @@ def parse(argv: list[str]) -> Settings:
     if given.get("loss", defaults.get("loss")) != defaults.get("loss"):
         defaults.pop("lr", None)                # tuned for the demo's own loss
     return resolve(Settings(**{**defaults, **given}), explicit=set(given))
+
+
+# What a resumed run may do otherwise than before. Everything else decides what the run is.
+CHANGEABLE = {"out", "overwrite", "resume", "save_every", "keep", "max_bad_steps", "threads", "eval_every", "print_every", "compile",
+              "grad_checkpoint", "micro_batch", "generate_batch", "steps", "epochs", "lr", "schedule", "warmup", "max_grad_norm",
+              "trust_remote_code", "beta", "lam", "label_smoothing", "temperature", "top_k", "top_p", "ema_decay", "ema_every", "ref_every"}
+
+
+def run_folder(resume: str) -> Path:
+    """The run that --resume names, by its own folder or by that of one of its checkpoints."""
+    path = Path(resume)
+    return path.parent.parent if path.parent.name == "checkpoints" else path
+
+
+def parse_resumed(given: dict) -> Settings:
+    """The settings of the run that is resumed, with those given now; refuses those that would make it another run."""
+    run = run_folder(given["resume"])
+    try:
+        saved = json.loads((run / "settings.json").read_text(encoding="utf-8"))
+        known = {f.name: saved[f.name] for f in dataclasses.fields(Settings) if f.name in saved}
+    except OSError:
+        raise UserError(f"--resume {given['resume']}: no run there (no settings.json); name the folder that --out named") from None
+    except (ValueError, TypeError):
+        raise UserError(f"--resume {given['resume']}: {run / 'settings.json'} is damaged") from None
+    if "out" in given and Path(given["out"]).resolve() != run.resolve():
+        raise UserError(f"--out {given['out']}: a resumed run goes on in its own folder, {run}")
+    # Leave to run a model's code is not inherited, and new epochs count where steps had been given before.
+    fresh = {"overwrite": False, "trust_remote_code": False} | ({"steps": None} if "epochs" in given else {})
+    s = resolve(Settings(**{**known, **fresh, **given, "out": str(run)}), explicit={"segment_len", *given})
+    fixed_length = {"steps", "epochs"} if s.rejected == "iteration" else set()         # SPIN's iterations would move
+    refused = {name: change for name, change in changes(known, s).items() if name not in CHANGEABLE - fixed_length}
+    if refused:
+        raise UserError(f"--resume {given['resume']}: it would be another run with " + say_changes(refused) + "; start a new one for that")
+    return s
+
+
+def as_saved(s: Settings) -> dict:
+    """The settings as settings.json holds them: paths in full, so that a run can be resumed from any folder."""
+    paths = {name: str(located(getattr(s, name)).resolve()) for name in ("model", "data", "eval_data")
+             if getattr(s, name) and located(getattr(s, name)).exists()}
+    return dataclasses.asdict(s) | paths
+
+
+def changes(saved: dict, s: Settings) -> dict[str, tuple]:
+    """Settings that differ from those saved: name -> (then, now)."""
+    def same(name, then, now):
+        paths = name in ("model", "data", "eval_data") and None not in (then, now)
+        return Path(located(then)).resolve() == Path(located(now)).resolve() if paths else then == now
+    return {name: (then, getattr(s, name)) for name, then in saved.items()
+            if hasattr(s, name) and name not in ("resume", "out", "overwrite") and not same(name, then, getattr(s, name))}
+
+
+def say_changes(found: dict[str, tuple]) -> str:
+    return ", ".join(f"--{name} {now} (was {then})" for name, (then, now) in found.items())
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -161,11 +238,11 @@ def resolve(s: Settings, explicit: set[str]) -> Settings:
 def check_ranges(s: Settings) -> None:
     """Refuse values outside what each setting can be."""
     for name in ("max_len", "max_prompt_len", "num_rejected", "ref_every", "ema_every", "iterations", "max_new_tokens",
-                 "batch_size", "micro_batch", "generate_batch"):
+                 "batch_size", "micro_batch", "generate_batch", "max_bad_steps"):
         if getattr(s, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(s, name)}")
     for name in ("segment_len", "buffer_size", "lam", "temperature", "top_k", "warmup", "weight_decay", "max_grad_norm",
-                 "eval_every", "eval_rows", "print_every", "seed"):
+                 "eval_every", "eval_rows", "print_every", "seed", "save_every"):
         if getattr(s, name) < 0:
             raise UserError(f"--{name} must not be negative, not {getattr(s, name)}")
     for name in ("ema_decay", "label_smoothing", "top_p"):
@@ -184,6 +261,8 @@ def check_ranges(s: Settings) -> None:
         raise UserError(f"--buffer_size {s.buffer_size} is smaller than --batch_size {s.batch_size}: a batch could never be drawn")
     if s.rows is not None and not re.fullmatch(r"\d*:\d*", s.rows):
         raise UserError(f"--rows takes FROM:TO, such as 0:2500 or 2500:, not {s.rows}")
+    if s.keep < 2:
+        raise UserError(f"--keep must be at least 2, not {s.keep}: with one, a damaged file would be the end of the run")
     if s.data is None:
         raise UserError("--data is missing: name a .jsonl or .json file, or a folder of them")
 

@@ -1,0 +1,106 @@
+"""Models and tokenizers in from a folder or the hub, out to an ordinary Hugging Face folder."""
+import copy
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from support.checkpoint import error_text
+from support.rows import CHATML, VICUNA
+from support.settings import RunFailed, Settings, UserError, located
+
+
+def load_model(settings: Settings, device):
+    """The policy and its tokenizer. Weights are fp32 whatever the folder holds: bf16 would round small steps away.
+
+    Lowers the settings' max_len to the positions the model has. Raises UserError where there is no model, or one this
+    program can't train.
+    """
+    name = str(located(settings.model))
+    torch.manual_seed(settings.seed)        # of fresh weights: --random_init, and the rows of tokens that are added
+    try:
+        trust = {"trust_remote_code": settings.trust_remote_code}
+        tokenizer = AutoTokenizer.from_pretrained(name, **trust)
+        if settings.random_init:
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name, **trust), dtype=torch.float32, **trust)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **trust)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"--model {settings.model}: not a causal language model with its tokenizer ({reason})") from None
+    added = set_template(tokenizer, settings.chat_template)
+    if added and len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    try:                                            # saving refuses what loading let pass: find out now
+        model.generation_config.validate(strict=True)
+    except ValueError:
+        model.generation_config.do_sample = True    # sampling values beside do_sample=False are the usual reason
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or settings.max_len
+    settings.max_len = min(settings.max_len, positions)
+    settings.max_prompt_len = min(settings.max_prompt_len, settings.max_len - 1)
+    return model.to(device).eval(), tokenizer       # eval: no dropout, in training either, as in the EMA and reference
+
+
+def checkpoint_layers(model) -> None:
+    """Gradient checkpointing: each decoder layer keeps its input only. The model stays in eval mode, without dropout."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable     # the older name
+    enable({"use_reentrant": False})
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.training = True           # transformers checkpoints in training mode only; the layer's parts stay as they are
+            for name, value in vars(layer).items():
+                if name.endswith("dropout") and isinstance(value, float):       # some layers (OPT's) apply their own
+                    setattr(layer, name, 0.0)
+
+
+def bf16_copy(model):
+    """A copy to generate from, its weights in bf16; what is no weight (rotary frequencies) keeps its precision."""
+    model = copy.deepcopy(model).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    return model
+
+
+def check_ids(model, rows, settings: Settings) -> None:
+    """Raises UserError where the tokenizer gives ids that the model has no embedding for."""
+    width = model.get_input_embeddings().num_embeddings
+    largest = max(max(max(row.prompt), max(row.chosen), max(row.rejected or [0])) for row in rows)
+    if largest >= width:
+        raise UserError(f"--model {settings.model}: the tokenizer gives id {largest}, the model's embedding has {width} "
+                        "entries; they do not belong together")
+
+
+def set_template(tokenizer, name: str | None) -> int:
+    """Give the tokenizer a chat template by name; returns how many tokens had to be added for it."""
+    if name is None:
+        return 0
+    adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    tokenizer.chat_template = "{{ bos_token }}" * adds_bos + {"chatml": CHATML, "vicuna": VICUNA}[name]
+    if name == "vicuna":                            # ends turns with the EOS, so it needs no token of its own
+        return 0
+    return tokenizer.add_tokens([t for t in ("<|im_start|>", "<|im_end|>") if t not in tokenizer.get_vocab()], special_tokens=True)
+
+
+def end_token_ids(model, tokenizer, turn_end: int) -> list[int]:
+    """Every token that ends a response: the template's own, the tokenizer's EOS, what the model's generation knows."""
+    known = model.generation_config.eos_token_id
+    ids = {turn_end, tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])} - {None}
+    return sorted(i for i in ids if i < model.get_input_embeddings().num_embeddings)
+
+
+def save_model(model, tokenizer, ends: list[int], folder: Path) -> None:
+    """Write an ordinary Hugging Face folder: weights, tokenizer, chat template, every end token for generation. It gets
+    its name when it is whole. Raises RunFailed where it can't be written."""
+    partial = folder.with_suffix(".partial")
+    model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except Exception as error:          # each format has its own way of saying that the disk is full
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RunFailed(f"{folder}: could not save the model ({error_text(error)})") from None
