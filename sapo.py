@@ -10,6 +10,7 @@ Everything is token ids: nothing is ever decoded and tokenized again. B is the n
 length, D the hidden size, V the vocabulary. Needs torch, transformers and losses.py.
 """
 import contextlib
+import logging
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -258,10 +259,13 @@ def recorded_step(model, inputs):
             warnings.simplefilter("always")
             for sizes_only in (r"torch\.(?!jit)", r"transformers\.integrations\.sdpa_attention"):
                 warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=sizes_only)
+            logging.disable(logging.WARNING)        # jit looks at every property of the model, and some of those remark on it
             try:
                 step = torch.jit.trace(Step(model), inputs, check_trace=False)
             except Exception:           # whatever a model does that jit can't record
                 step = None
+            finally:
+                logging.disable(logging.NOTSET)
         if any(issubclass(warning.category, torch.jit.TracerWarning) for warning in caught):
             step = None
         RECORDED[model] = weights, step

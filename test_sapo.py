@@ -1412,6 +1412,40 @@ def test_resume_says_and_refuses(tiny_run, tmp_path, capsys):
         data.write_text(text)
 
 
+def test_runs_that_are_extended_or_taken_back(tiny_run, tmp_path, capsys, monkeypatch):
+    """A finished run is extended from its last checkpoint, and while that goes on it is not finished; without a checkpoint
+    it is left as it is. Going back to an older checkpoint drops what came after it. A resumed run is found from any folder,
+    reports no change where there is none, does not inherit --trust_remote_code, and --overwrite never removes its input."""
+    out, flags = tmp_path / "out", [*tiny_run, "--buffer_size", "8", "--schedule", "constant", "--max_len", "400"]
+    monkeypatch.chdir(Path(tiny_run[1]).parent)
+    flags[flags.index("--model") + 1] = "model"                     # a relative path
+    train.train(parse([*flags, "--out", str(out), "--save_every", "2", "--trust_remote_code"]))
+    monkeypatch.chdir(tmp_path)
+    assert parse(["--resume", str(out)]).trust_remote_code is False
+    with pytest.raises(Stopped):
+        train.train(parse(["--resume", str(out), "--steps", "9"]), StopAfter(2))
+    assert [r["step"] for r in untimed(out)] == list(range(1, 9))
+    assert not (out / "summary.json").exists()
+    capsys.readouterr()
+    train.train(parse(["--resume", "out/checkpoints/step-000006", "--save_every", "100"]))
+    said = capsys.readouterr().out
+    assert "going on after step 6" in said and "max_len" not in said.split("SAPO:")[0]
+    assert [folder.name for folder in (out / "checkpoints").iterdir()] == ["step-000006"] and len(untimed(out)) == 9
+    whole, spin = tmp_path / "whole", [*tiny_run, "--rejected", "iteration", "--iterations", "2", "--loss", "dpo"]
+    train.train(parse([*tiny_run, "--buffer_size", "8", "--schedule", "constant", "--steps", "9", "--out", str(whole)]))
+    assert untimed(out) == untimed(whole)
+    with pytest.raises(UserError, match="kept no checkpoint"):
+        train.train(parse(["--resume", str(whole), "--steps", "20"]))
+    assert len(untimed(whole)) == 9 and (whole / "final").exists()
+    for inside in (["--model", str(whole / "final")], ["--data", str(whole / "metrics.jsonl")]):
+        with pytest.raises(UserError, match="holds the model or the data"):
+            train.new_run_folder(parse([*tiny_run, *inside, "--out", str(whole), "--overwrite"]))
+    with pytest.raises(Stopped):
+        train.train(parse([*spin, "--out", str(tmp_path / "spin")]), StopAfter(1))
+    with pytest.raises(UserError, match="--steps 8"):
+        parse(["--resume", str(tmp_path / "spin"), "--steps", "8"])
+
+
 @pytest.mark.parametrize("harm, named", [("flip", "shared.pt"), ("cut", "rank0.pt"), ("remove", "shared.pt"), ("manifest", "manifest.json")])
 def test_damaged_checkpoints_are_noticed(harm, named, tiny_run, tmp_path):
     """A bit-flipped, truncated, missing file or a broken manifest: named, and the checkpoint before it offered, which
