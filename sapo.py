@@ -242,7 +242,8 @@ class Step(torch.nn.Module):
                           past_key_values=cache, use_cache=True).logits[:, -1]
 
 
-RECORDED = weakref.WeakKeyDictionary()      # model -> (where its weights lay, its step or None): no part of the model, so copying and saving it stay plain
+# model -> (where its weights lay, its step or None). Not an attribute of the model, so that copying and saving it stay plain.
+RECORDED = weakref.WeakKeyDictionary()
 
 
 def recorded_step(model, inputs):

@@ -1814,6 +1814,15 @@ def test_buffer_always_holds_together(capacity, moves, seed):
     assert buffer.state_dict() == other.state_dict()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["generate.py --batch 2 --new 8 --prefix 24", "iteration.py --total 64 --batch 2"])
+def test_benches_run(program):
+    """The benches that need no peer installed run, find that both sides compute the same, and print their tables."""
+    name, *flags = program.split()
+    done = subprocess.run([sys.executable, str(HERE / "bench" / name), *flags, "--model", "demo", "--rounds", "1"], capture_output=True, text=True)
+    assert done.returncode == 0 and "ratio" in done.stdout and len(done.stdout.splitlines()) > 5, done.stderr
+
+
 @pytest.mark.parametrize("files, use", [
     (["losses.py"], "losses.dpo_loss(*[torch.zeros(1)] * 4)"), (["buffer.py"], "buffer.ReplayBuffer(2).add(1)"),
     (["ema.py"], "ema.EMA(torch.nn.Linear(1, 1))"), (["losses.py", "sapo.py"], "sapo.splice([1, 2], 0, 1, [3], 0)")])
