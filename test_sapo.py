@@ -1001,7 +1001,7 @@ def test_grouping_changes_nothing(ema_every, grouped, tiny_run, tmp_path, monkey
     for room in (4, 64):
         calls.append([]), added.append([])
         run(tiny_run, tmp_path / str(room), "--temperature", "0", "--ema_every", str(ema_every), "--generate_batch", str(room))
-    assert calls[0][3:] == [4] * 6 and len(calls[1][1:]) == grouped and sum(calls[1][1:]) == 24    # before: held-out pairs
+    assert calls[0][3:] == [4] * 6 and calls[1][1:] == [4 * ema_every] * grouped                   # before: held-out pairs
     assert [pair.step for pair in added[0]] == sorted([*range(1, 7)] * 4) and added[0] == added[1]
     assert any(pair.chosen != pair.rejected for pair in added[0])
     for one, other in zip(weights(tmp_path / "4").values(), weights(tmp_path / "64").values()):
@@ -1329,6 +1329,16 @@ def two_processes(function, *arguments) -> list[int]:
 RESUMED = [*AXES, "--generate_batch 4", "--ema_every 4 --num_rejected 2", "--ema_every 3 --loss dpo --ref ema", "--dtype bf16 --grad_checkpoint"]
 
 
+@pytest.mark.slow
+def test_an_extended_run_equals_a_long_one(tiny_run, tmp_path):
+    """A run of 3 steps extended to 6 equals one of 6, although step 4 shares its segments' batch with step 3."""
+    flags = [*tiny_run, "--buffer_size", "8", "--schedule", "constant", "--save_every", "3", "--steps"]
+    for out, steps in (("short", "3"), ("long", "6")):
+        train.train(parse([*flags, steps, "--out", str(tmp_path / out)]))
+    train.train(parse(["--resume", str(tmp_path / "short"), "--steps", "6"]))
+    check_same_run(tmp_path / "short", tmp_path / "long")
+
+
 def check_resume(flags, tiny_run, tmp_path):
     flags = [*tiny_run, "--save_every", "6", *own_buffer(flags), *flags.split()]
     threads = torch.get_num_threads()
@@ -1422,6 +1432,7 @@ def test_runs_that_are_extended_or_taken_back(tiny_run, tmp_path, capsys, monkey
     train.train(parse([*flags, "--out", str(out), "--save_every", "2", "--trust_remote_code"]))
     monkeypatch.chdir(tmp_path)
     assert parse(["--resume", str(out)]).trust_remote_code is False
+    assert untimed(out)[-1]["step"] == 6
     with pytest.raises(Stopped):
         train.train(parse(["--resume", str(out), "--steps", "9"]), StopAfter(2))
     assert [r["step"] for r in untimed(out)] == list(range(1, 9))
@@ -1700,7 +1711,7 @@ CHAT = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "
     (GOOD + '{"messages": [{"role": "user", "content": "a"}]}', "", ["line 2", "no assistant turn"]), (GOOD + '{"prompt": "a", "chosen": " "}', "", ["line 2", "empty"]),
     ('{"messages": [{"role": "judge", "content": "a"}, {"role": "assistant", "content": "b"}]}', "--model STRICT", ["line 1", "template refuses"]),
     (CHAT.replace("hi", "hi " * 300) * 3, "--max_len 40 --max_prompt_len 30", ["every prompt", "--max_prompt_len"]),
-    (CHAT, "--model BARE", ["line 1", "no chat template", "--chat_template"]), (GOOD, "--rejected data", ["line 1", "rejected"]),
+    (CHAT, "--model BARE", ["line 1", "the tokenizer has none", "--chat_template"]), (GOOD, "--rejected data", ["line 1", "rejected"]),
     (CHAT * 60, "--model WIDE", ["embedding has 50"]), (CHAT, "--model ENDLESS", ["no EOS"]), (CHAT, "--batch_size 16 --buffer_size 8", ["smaller than"]),
     (CHAT, "--segment_len -3", ["segment_len"]), (CHAT, "--segmentlen 3", ["unrecognized"]), (CHAT, "--model EMPTY", ["not a causal"]),
     (CHAT, "--model BERT", ["not a causal"]), (GOOD.encode() + b'{"prompt": "\xff"}\n', "", ["line 2", "UTF-8"]),

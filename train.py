@@ -139,8 +139,8 @@ class Writer:
     start of an iteration. data: the rejected response is the row's own. With --loss sft there is none.
     """
 
-    def __init__(self, s: Settings, world: World, model, ema: EMA | None, ends: list[int], rows: list, steps: int):
-        self.s, self.world, self.source, self.ema, self.ends, self.rows, self.steps = s, world, model, ema, ends, rows, steps
+    def __init__(self, s: Settings, world: World, model, ema: EMA | None, ends: list[int], rows: list):
+        self.s, self.world, self.source, self.ema, self.ends, self.rows = s, world, model, ema, ends, rows
         self.model = bf16_copy(model) if model is not None and s.dtype == "bf16" else model
         self.answers = {}       # SPIN: row number -> its pairs
         self.ready = {}         # step -> its pairs, written ahead
@@ -179,7 +179,7 @@ class Writer:
         it would write them no differently then. As many steps as --generate_batch has room for."""
         same = self.ema.update_every - self.ema.steps % self.ema.update_every if self.s.rejected == "ema" else 1
         room = self.s.generate_batch // (self.s.batch_size // self.world.size * self.s.num_rejected)
-        last = min(step + same - 1, step + max(1, room) - 1, self.steps)
+        last = step + min(same, max(1, room)) - 1       # also beyond the last step, for a run that is extended later
         work = [(row, n) for n in range(step, last + 1) for row in rows_of_step(self.s, self.rows, n, self.world)]
         pairs = self._generate([row for row, _ in work], [[REWRITE, self.s.seed, n, row.number] for row, n in work])
         for (_, n), few in zip(work, batches(pairs, self.s.num_rejected)):
@@ -230,7 +230,7 @@ def train(s: Settings, stop: Stop | None = None) -> None:
     frozen = copy.deepcopy(policy).requires_grad_(False) if s.ref or s.rejected == "iteration" else None
     reference = frozen if s.loss == "dpo" else None
     author = {"ema": ema and ema.model, "policy": policy, "iteration": frozen, "data": None}[s.rejected]
-    write = Writer(s, world, author, ema, ends, rows, steps)
+    write = Writer(s, world, author, ema, ends, rows)
     if s.grad_checkpoint:
         checkpoint_layers(policy)
     scorer = world.wrap(Scorer(policy, s.compile))          # after the copies, which are neither compiled nor checkpointed
