@@ -199,6 +199,7 @@ def _generate(model, prefixes, limits, forbid, ends, num_return, choose, record)
     if num_return > 1:
         cache.keep_rows(source)
     rows = [i * num_return + j for i in order for j in range(num_return)]       # list that each row writes to
+    forbidding = any(forbid)
     limits, forbid = ([values[i // num_return] for i in range(len(rows))] for values in (limits, forbid))
     position = torch.tensor(lengths, device=device)[source] - 1
     token, forbid = ids[source, position], torch.tensor([forbid[i] for i in rows], device=device)
@@ -210,7 +211,8 @@ def _generate(model, prefixes, limits, forbid, ends, num_return, choose, record)
         if n == 0:
             step = recorded_step(model, inputs) if record else Step(model)
         logits = step(*inputs).float()                                                          # (B, V)
-        logits[:, ends] = logits[:, ends].masked_fill(forbid[:, None], -torch.inf)
+        if forbidding:
+            logits[:, ends] = logits[:, ends].masked_fill(forbid[:, None], -torch.inf)
         token, position = choose(logits), position + 1
         for i, t in zip(rows, token.tolist()):
             if limits[i]:

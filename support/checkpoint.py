@@ -19,7 +19,7 @@ import torch
 
 from sapo import Pair
 from support.parallel import lost_process
-from support.report import write_whole
+from support.report import write_json, write_whole
 from support.settings import RunFailed, Settings, UserError, changes, located, run_folder, say_changes
 
 MANIFEST = "manifest.json"
@@ -95,10 +95,7 @@ def write_file(path: Path, state: dict) -> str:
 
 def finish(partial: Path, final: Path, manifest: dict, keep: int) -> None:
     """The manifest, then the name, then the old ones: in this order, so that every moment leaves something whole."""
-    with open(partial / MANIFEST, "w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
+    write_json(partial / MANIFEST, manifest)
     flush_folder(partial)
     shutil.rmtree(final, ignore_errors=True)        # of the same step, from before a resume
     partial.rename(final)
