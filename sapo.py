@@ -378,8 +378,8 @@ def _score(model, pairs, average, kinds, share_prefix, split_head):
     sums = logps.new_zeros(len(pairs) * 4).index_add(0, place, logps).view(-1, 4)                     # (B, kinds)
     counts = torch.bincount(place, minlength=len(pairs) * 4).view(-1, 4)
     both = torch.tensor([[0, 1, 1, 0], [0, 1, 0, 1], [1, 1, 1, 0]], device=device)      # A counts for y+ and for y-
-    totals, lengths = sums @ both.T.to(sums), (counts @ both.T).clamp(min=1)                        # (B, 3)
-    means = totals / lengths
+    totals, lengths = ((x[:, None] * both).sum(-1) for x in (sums, counts))     # (B, 3); autocast would take sums @ both.T in bf16
+    means = totals / lengths.clamp(min=1)
     chosen_logps, rejected_logps = (means if average else totals)[:, :2].unbind(1)
     return chosen_logps, rejected_logps, -means[:, 2]
 

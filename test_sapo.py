@@ -431,6 +431,19 @@ def test_projection_in_chunks(monkeypatch):
         assert torch.allclose(whole, chunked, rtol=1e-5, atol=1e-5)
 
 
+def test_sums_stay_fp32_in_bf16():
+    """Under bf16 autocast the log-probabilities of the tokens are still summed in fp32: over many tokens, bf16's steps
+    would be larger than DPO's whole margin."""
+    rng = np.random.default_rng(0)
+    pairs = [Pair(random_ids(rng, 5), random_ids(rng, 90), random_ids(rng, 80), 0) for _ in range(3)]
+    model = tiny()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        sums, means = pair_logps(model, pairs), pair_logps(model, pairs, average=True)
+    assert sums[0].dtype == torch.float32
+    assert torch.allclose(sums[0], means[0] * 90, rtol=1e-6) and torch.allclose(sums[1], means[1] * 80, rtol=1e-6)
+    assert not torch.equal(sums[0], sums[0].bfloat16().float())
+
+
 def test_skip_shared_changes_nothing_for_dpo():
     """DPO's loss, gradient and margin are the same without A; the log-probabilities themselves are not."""
     policy, reference, pairs, found = tiny(), tiny(initializer_range=0.1), some_pairs(), []
