@@ -784,6 +784,16 @@ def test_held_out_rows(tmp_path, tokenizer):
 
 # ---------------------------------------------------------------------------------------------------- embedded data
 
+def test_held_out_pairs_of_the_data_are_measured(tiny_run, tmp_path):
+    """Held-out rows with a rejected response give data_accuracy and data_margin, means a token, whatever the method and
+    although training rows' rejected column is not read; with --rejected data --loss orpo they are the preference_ ones."""
+    for flags in (["--loss", "sft"], ["--loss", "dpo"], ["--rejected", "data"]):
+        run(tiny_run, tmp_path / flags[1], *flags, "--steps", "1")
+        before = json.loads((tmp_path / flags[1] / "summary.json").read_text())["before"]
+        assert {"data_accuracy", "data_margin"} <= set(before)
+    assert before["data_margin"] == before["preference_margin"]
+
+
 def test_embedded_data(tmp_path, monkeypatch):
     """The data files are what their script writes, byte for byte; large enough, small enough; no prompt twice; every
     chosen answer passes its check and every rejected one fails it."""

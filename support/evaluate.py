@@ -10,14 +10,16 @@ class Evaluation:
     """Evaluates a model on the same held-out rows and pairs every time.
 
     The pairs come from where training gets its own: the data's rejected column with --rejected data, otherwise rewrites
-    of the held-out responses by the model that training starts from, made once, here, whatever the run's seed.
+    of the held-out responses by the model that training starts from, made once, here, whatever the run's seed. Where
+    held-out rows have a rejected response, these pairs count besides (data_...), whatever the method.
     """
 
     def __init__(self, settings, world, tokenizer, ends: list[int], rows: list[Row], start_model):
         self.settings, self.world, self.tokenizer, self.ends = settings, world, tokenizer, ends
         self.rows = sorted(rows[world.rank::world.size], key=lambda row: len(row.prompt))
+        self.columns = [column_pair(row) for row in self.rows if row.rejected]
         if settings.rejected == "data":
-            self.pairs = [column_pair(row) for row in self.rows]
+            self.pairs = self.columns
         else:
             generator = torch.Generator(world.device).manual_seed(world.rank)
             with world.precision(settings.dtype):
@@ -25,9 +27,15 @@ class Evaluation:
 
     @torch.no_grad()
     def __call__(self, model) -> dict[str, float]:
-        """exact_match, nll, preference_accuracy, preference_margin, chosen_logps, as far as the rows allow them."""
+        """exact_match, nll, preference_accuracy and _margin, data_accuracy and _margin, chosen_logps, as far as the rows allow."""
         with self.world.precision(self.settings.dtype):
-            tallies = {"exact_match": self._exact_match(model)} | self._likelihood(model)
+            scored = self._score(model, self.pairs)
+            columns = scored if self.columns is self.pairs else self._score(model, self.columns)
+            tallies = {"exact_match": self._exact_match(model),
+                       "nll": (-sum(chosen for _, chosen, _ in scored), sum(len(pair.chosen) for pair, _, _ in scored))}
+        tallies |= preference("preference", scored, average=self.settings.loss != "dpo")
+        tallies |= preference("data", columns, average=True)        # so that runs with different losses compare
+        tallies["chosen_logps"] = (sum(chosen for _, chosen, _ in scored), len(scored))
         return self.world.means(tallies)
 
     def _exact_match(self, model) -> tuple[int, int]:
@@ -40,17 +48,18 @@ class Evaluation:
             right += sum(passes(row.check, text, row.chosen_text) for row, text in zip(batch, texts))
         return right, len(asked)
 
-    def _likelihood(self, model) -> dict[str, tuple[float, int]]:
-        """(sum, count) of what the log-probabilities of the held-out pairs give. Identical pairs say nothing about preference."""
-        logps, tokens, gaps = 0.0, 0, []
-        for batch in batches(self.pairs, self.settings.micro_batch):
-            chosen, rejected, _ = (x.tolist() for x in pair_logps(model, batch))
-            for pair, c, r in zip(batch, chosen, rejected):
-                logps, tokens = logps + c, tokens + len(pair.chosen)
-                if pair.chosen != pair.rejected:        # the loss's own measure: sums for DPO, means for the others
-                    gaps.append(c - r if self.settings.loss == "dpo" else c / len(pair.chosen) - r / len(pair.rejected))
-        return {"nll": (-logps, tokens), "preference_accuracy": (sum(gap > 0 for gap in gaps), len(gaps)),
-                "preference_margin": (sum(gaps), len(gaps)), "chosen_logps": (logps, len(self.pairs))}
+    def _score(self, model, pairs: list[Pair]) -> list[tuple[Pair, float, float]]:
+        """Each pair with the log-probabilities of its two responses, summed over their tokens."""
+        return [scored for batch in batches(pairs, self.settings.micro_batch)
+                for scored in zip(batch, *(logps.tolist() for logps in pair_logps(model, batch)[:2]))]
+
+
+def preference(name: str, scored: list[tuple[Pair, float, float]], average: bool) -> dict[str, tuple[float, int]]:
+    """(sum, count) of how often and by how much chosen is above rejected, by sums or means a token (average). Identical
+    pairs say nothing about preference."""
+    gaps = [chosen / len(pair.chosen) - rejected / len(pair.rejected) if average else chosen - rejected
+            for pair, chosen, rejected in scored if pair.chosen != pair.rejected]
+    return {f"{name}_accuracy": (sum(gap > 0 for gap in gaps), len(gaps)), f"{name}_margin": (sum(gaps), len(gaps))}
 
 
 def write_pairs(settings, model, rows: list[Row], ends: list[int], seeds: list[list[int]], generator, num_rejected: int) -> list[Pair]:

@@ -170,11 +170,11 @@ class Tokenize:
         except Exception as error:              # templates raise whatever their authors chose
             raise UserError(f"{where}: the chat template refuses this conversation: {error}") from None
 
-    def __call__(self, row: dict, where: str, number: int) -> Row:
+    def __call__(self, row: dict, where: str, number: int, use_rejected: bool | None = None) -> Row:
         """Tokenize and cut one row, or the error that stands for it. Raises UserError on a row that can't be used."""
         if isinstance(row, UserError):
             raise row
-        if not self.use_rejected:
+        if not (self.use_rejected if use_rejected is None else use_rejected):
             row = {name: value for name, value in row.items() if name != "rejected"}
         prompt, chosen, rejected = split_row(row, where)
         if not isinstance(prompt, str) and not self.tokenizer.chat_template:
@@ -251,11 +251,21 @@ def load_data(settings, tokenize: Tokenize, say=print) -> tuple[list[Row], list[
         every = max(50, -(-len(rows) // 200))
         held = rows[every - 1::every]
         rows = [row for i, row in enumerate(rows) if (i + 1) % every]
+        others = used
     prompts = {tuple(row.prompt) for row in rows}
     known = sum(tuple(row.prompt) in prompts for row in held)
     if known:
         say(f"warning: {known} of {len(held)} held-out prompts are in the training data too; what is measured on them is memory")
-    return rows, held[:settings.eval_rows]
+    return rows, [with_rejected(tokenize, row, dict(others)[row.number]) for row in held[:settings.eval_rows]]
+
+
+def with_rejected(tokenize: Tokenize, row: Row, source: tuple) -> Row:
+    """A held-out row with its rejected response, if it has a usable one: worth measuring on whoever writes those of training."""
+    where, raw = source
+    try:
+        return row if tokenize.use_rejected else tokenize(raw, where, row.number, use_rejected=True)
+    except UserError:
+        return row
 
 
 def tokenize_rows(path: str, numbered: list, tokenize: Tokenize, skip_bad_rows: bool, say) -> list[Row]:
