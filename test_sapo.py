@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings as hypothesis_settings, strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer, CONFIG_MAPPING
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CONFIG_MAPPING
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import sapo
@@ -1347,6 +1347,79 @@ def two_processes(function, *arguments) -> list[int]:
         function(*arguments)
 
     return [status_of(child) for child in [forked(rank, r) for r in (0, 1)]]
+
+
+def check_close_runs(one, other):
+    """The same losses and statistics at every step, and the same final weights, up to rounding."""
+    for a, b in zip(untimed(one), untimed(other), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+    check_close_weights(weights(one), weights(other))
+
+
+def check_close_weights(a, b):
+    """Equal up to rounding; of a few weights Adam turns a gradient of nearly nothing into a whole step either way."""
+    assert a.keys() == b.keys()
+    gaps = torch.cat([(a[name] - b[name]).abs().flatten() for name in a])
+    assert gaps.mean() < 1e-6 and (gaps > 1e-5).float().mean() < 1e-3, (gaps.mean(), gaps.max())
+
+
+SHARDED = ["--loss dpo --ref ema", "--loss orpo --skip_identical --grad_checkpoint", "--rejected iteration --iterations 2 --loss dpo",
+           "--rejected policy --optimizer rmsprop"]
+
+
+@pytest.mark.parametrize("flags", SHARDED)
+def test_shard_equals_ddp(flags, tiny_run, tmp_path):
+    """--shard on two processes gives DDP's losses, pairs and weights, evaluations included, and saves the same folder."""
+    flags = [*tiny_run, *own_buffer(flags), *flags.split(), "--save_every", "3"]
+    for out, more in (("ddp", []), ("shard", ["--shard"])):
+        assert two_processes(lambda: train.train(parse([*flags, *more, "--out", str(tmp_path / out)]))) == [0, 0]
+    check_close_runs(tmp_path / "ddp", tmp_path / "shard")
+    a, b = (json.loads((tmp_path / out / "summary.json").read_text()) for out in ("ddp", "shard"))
+    assert a["after"] == pytest.approx(b["after"], rel=1e-3, abs=1e-4)
+    a, b = ((tmp_path / out / "final" / "config.json").read_text() for out in ("ddp", "shard"))
+    assert a == b
+    last = "checkpoints/step-000006/shared.pt"
+    a, b = (torch.load(tmp_path / out / last, weights_only=True) for out in ("ddp", "shard"))
+    assert a.keys() == b.keys()
+    check_close_weights(a["policy"], b["policy"])
+
+
+def test_shard_equals_one_process(tiny_run, tmp_path):
+    """Plain DPO cut up among two processes gives the losses and weights of one process on the same global batch, with tied
+    embeddings too."""
+    flags = [*tiny_run, "--rejected", "data", "--loss", "dpo"]
+    train.train(parse([*flags, "--out", str(tmp_path / "one")]))
+    assert two_processes(lambda: train.train(parse([*flags, "--shard", "--out", str(tmp_path / "shard")]))) == [0, 0]
+    check_close_runs(tmp_path / "one", tmp_path / "shard")
+    tied = tmp_path / "tied"
+    shutil.copytree(tiny_run[1], tied)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tied, tie_word_embeddings=True)).save_pretrained(tied)
+    flags = [*flags, "--model", str(tied)]
+    train.train(parse([*flags, "--out", str(tmp_path / "one tied")]))
+    assert two_processes(lambda: train.train(parse([*flags, "--shard", "--out", str(tmp_path / "shard tied")]))) == [0, 0]
+    check_close_runs(tmp_path / "one tied", tmp_path / "shard tied")
+
+
+def test_shard_with_unequal_shares(tiny_run, tmp_path, monkeypatch):
+    """Where one process has fewer pairs than the other, so fewer micro-batches, neither waits for ever, and a step is DDP's."""
+    write = train.Writer.__call__
+    monkeypatch.setattr(train.Writer, "__call__", lambda self, step: write(self, step)[self.world.rank:])
+    flags = [*tiny_run, "--rejected", "data", "--micro_batch", "1", "--steps", "3"]
+    for out, more in (("ddp", []), ("shard", ["--shard"])):
+        assert two_processes(lambda: train.train(parse([*flags, *more, "--out", str(tmp_path / out)]))) == [0, 0]
+    check_close_runs(tmp_path / "ddp", tmp_path / "shard")
+
+
+def test_shard_resumes(tiny_run, tmp_path):
+    """A sharded run stopped after 3 steps and resumed equals one that never stopped, bit for bit; a checkpoint of DDP is one
+    for --shard too, and the other way round."""
+    flags = [*tiny_run, "--buffer_size", "8", "--loss", "dpo", "--ref", "ema", "--save_every", "6"]
+    assert two_processes(lambda: train.train(parse([*flags, "--shard", "--out", str(tmp_path / "whole")]))) == [0, 0]
+    for out, first, then in (("same", ["--shard"], []), ("ddp first", [], ["--shard"]), ("ddp then", ["--shard"], ["--no-shard"])):
+        assert two_processes(lambda: train.train(parse([*flags, *first, "--out", str(tmp_path / out)]), StopAfter(3))) == [3, 3]
+        assert two_processes(lambda: train.train(parse(["--resume", str(tmp_path / out), *then]))) == [0, 0]
+        check_close_runs(tmp_path / "whole", tmp_path / out)
+    check_same_run(tmp_path / "whole", tmp_path / "same", processes=2)
 
 
 RESUMED = [*AXES, "--generate_batch 4", "--ema_every 4 --num_rejected 2", "--ema_every 3 --loss dpo --ref ema", "--dtype bf16 --grad_checkpoint"]

@@ -12,7 +12,7 @@ is to rewrite), and line 17 happens every --ema_every optimizer steps, as the pa
 """
 import bisect
 import contextlib
-import copy
+import functools
 import math
 import os
 import sys
@@ -27,10 +27,11 @@ from losses import dpo_loss, orpo_loss
 from sapo import Pair, check_generation, pair_logps, probe
 from support.checkpoint import changed, finished, fingerprint, newest, new_run_folder, read_checkpoint, take_up, to_go_on_from, write_checkpoint
 from support.evaluate import Evaluation, batches, column_pair, write_pairs
-from support.models import bf16_copy, check_ids, checkpoint_layers, end_token_ids, load_model, save_model
+from support.models import check_ids, checkpoint_layers, end_token_ids, load_model, save_model
 from support.parallel import Stop, World, leave, lost_process
 from support.report import Clock, Report, buffer_statistics, header, pair_statistics, peak_memory_mib
 from support.rows import Tokenize, load_data
+from support.shard import Whole
 from support.settings import RunFailed, Settings, Stopped, UserError, as_saved, parse, run_folder
 
 ORDER, REWRITE, ANSWER, DRAW = 1, 2, 3, 4       # random streams, so that no two uses of one seed share their numbers
@@ -42,13 +43,14 @@ class Scorer(nn.Module):
     def __init__(self, policy: nn.Module, compiled: bool = False):
         super().__init__()
         self.policy, self.compiled = policy, compiled
+        self.score = getattr(policy, "score", functools.partial(pair_logps, policy))        # a sharded model brings its own
         if compiled:        # for this module's calls alone: what generates or evaluates would compile again and again
             policy.base_model.compile(dynamic=True)
             torch.compiler.set_stance("force_eager")
 
     def forward(self, pairs: list[Pair], **how):
         with torch.compiler.set_stance("default") if self.compiled else contextlib.nullcontext():
-            return pair_logps(self.policy, pairs, **how)
+            return self.score(pairs, **how)
 
 
 def pair_losses(s: Settings, logps, reference_logps, beta: float):
@@ -70,16 +72,19 @@ def learn(s: Settings, world: World, scorer, reference, pairs: list[Pair], beta:
     total, = world.sum([len(pairs)])
     tallies, suspects = {}, []                                          # tallies: name -> (sum, count)
     micro = batches(sorted(pairs, key=pair_length), s.micro_batch)      # alike lengths together: less padding
-    for i, chunk in enumerate(micro):
-        last = i + 1 == len(micro) or world.size == 1
-        with contextlib.nullcontext() if last else scorer.no_sync():
+    rounds = world.most(len(micro))
+    for i in range(rounds):
+        chunk, counts = micro[min(i, len(micro) - 1)], i < len(micro)
+        with world.accumulate(scorer, last=i + 1 == rounds):
             with world.precision(s.dtype):
                 logps = scorer(chunk, **how)
                 with torch.no_grad():
-                    reference_logps = pair_logps(reference, chunk, **how) if reference is not None else None
+                    reference_logps = reference(chunk, **how) if reference is not None else None
             losses, chosen_rewards, rejected_rewards = pair_losses(s, logps, reference_logps, beta)
-            # DDP averages over processes; the mean is over pairs.
-            (losses.sum() * world.size / total).backward()
+            # DDP and FSDP average over processes; the mean is over pairs.
+            (losses.sum() * counts * world.size / total).backward()
+        if not counts:          # called only because another process has more to score
+            continue
         suspects += [pair.row for pair, loss in zip(chunk, losses.tolist()) if not math.isfinite(loss)]
         seen = {"loss": losses, "nll": logps[2], "chosen_logps": logps[0]}
         if s.loss != "sft":
@@ -139,9 +144,8 @@ class Writer:
     start of an iteration. data: the rejected response is the row's own. With --loss sft there is none.
     """
 
-    def __init__(self, s: Settings, world: World, model, ema: EMA | None, ends: list[int], rows: list):
-        self.s, self.world, self.source, self.ema, self.ends, self.rows = s, world, model, ema, ends, rows
-        self.model = bf16_copy(model) if model is not None and s.dtype == "bf16" else model
+    def __init__(self, s: Settings, world: World, model, whole: Whole, ema: EMA | None, ends: list[int], rows: list):
+        self.s, self.world, self.model, self.whole, self.ema, self.ends, self.rows = s, world, model, whole, ema, ends, rows
         self.answers = {}       # SPIN: row number -> its pairs
         self.ready = {}         # step -> its pairs, written ahead
 
@@ -186,11 +190,10 @@ class Writer:
             self.ready.setdefault(n, []).extend(pair._replace(step=n) for pair in few)
 
     def _generate(self, rows: list, seeds: list[list[int]]) -> list[Pair]:
-        if self.model is not self.source:
-            torch._foreach_copy_(list(self.model.parameters()), list(self.source.parameters()))
         # Seeds come from the settings, the step and the row, so that no random state has to be kept.
         generator = torch.Generator(self.world.device).manual_seed(seed_of([*seeds[0], self.world.rank]) if seeds else 0)
-        return write_pairs(self.s, self.model, rows, self.ends, seeds, generator, self.s.num_rejected)
+        with self.whole.of(self.model) as model:
+            return write_pairs(self.s, model, rows, self.ends, seeds, generator, self.s.num_rejected)
 
 
 def seed_of(numbers: list[int]) -> int:
@@ -201,18 +204,18 @@ def seed_of(numbers: list[int]) -> int:
 def train(s: Settings, stop: Stop | None = None) -> None:
     """One run: set up, evaluate, Algorithm 1, evaluate, save. stop: tells when a signal asked for an end."""
     stop, asked = stop or Stop(), as_saved(s)
-    world = World(s.threads)
+    world = World(s.threads, s.shard)
     if s.batch_size % world.size or s.buffer_size % world.size:
         raise UserError(f"--batch_size {s.batch_size} and --buffer_size {s.buffer_size} must divide evenly among {world.size} processes")
     checkpoint = world.on_main(lambda: to_go_on_from(s.resume)) if s.resume else None
     if s.resume and world.on_main(lambda: finished(s)):
         return world.say(f"{run_folder(s.resume)} had finished: there is nothing left to do")
     other = changed(s) if s.resume else {}
-    policy, tokenizer = load_model(s, world.device)
+    start, tokenizer = load_model(s, world)
     tokenize = Tokenize(tokenizer, s.max_prompt_len, s.max_len, use_rejected=s.rejected == "data" and s.loss != "sft")
     rows, held = load_data(s, tokenize, world.say)
-    check_ids(policy, rows + held, s)
-    ends = end_token_ids(policy, tokenizer, tokenize.turn_end)
+    check_ids(start, rows + held, s)
+    ends = world.on_main(lambda: end_token_ids(start, tokenizer, tokenize.turn_end))
     by_number = {row.number: row for row in rows}
     per_iteration = math.ceil(s.epochs * len(rows) / s.batch_size)
     steps = s.steps or per_iteration * s.iterations
@@ -220,22 +223,23 @@ def train(s: Settings, stop: Stop | None = None) -> None:
 
     # Before any copy of the policy is made: the copies inherit what is found.
     try:
-        probe(policy)
-        check_generation(policy)
+        start._sapo_exact, start._sapo_generates = world.on_main(lambda: (probe(start), check_generation(start)))
     except ValueError as error:
         raise UserError(f"--model {s.model}: {error}") from None
     # Algorithm 1 line 1: the policy. Lines 2 and 3: the buffer and the EMA model. DPO needs a reference besides.
+    policy, whole = world.place(start), Whole(start, world, s.dtype)
     buffer = ReplayBuffer(s.buffer_size // world.size, seed=[DRAW, s.seed, world.rank]) if s.buffer_size else None
-    ema = EMA(policy, s.ema_decay, s.ema_every) if s.rejected == "ema" and s.loss != "sft" or s.ref == "ema" else None
-    frozen = copy.deepcopy(policy).requires_grad_(False) if s.ref or s.rejected == "iteration" else None
-    reference = frozen if s.loss == "dpo" else None
+    needs_ema = s.rejected == "ema" and s.loss != "sft" or s.ref == "ema"
+    ema = EMA(policy, s.ema_decay, s.ema_every, copy=world.copy(start)) if needs_ema else None
+    frozen = world.copy(start) if s.ref or s.rejected == "iteration" else None
+    reference = Scorer(frozen) if s.loss == "dpo" else None
     author = {"ema": ema and ema.model, "policy": policy, "iteration": frozen, "data": None}[s.rejected]
-    write = Writer(s, world, author, ema, ends, rows)
+    write = Writer(s, world, author, whole, ema, ends, rows)
     if s.grad_checkpoint:
         checkpoint_layers(policy)
     scorer = world.wrap(Scorer(policy, s.compile))          # after the copies, which are neither compiled nor checkpointed
     optimizer = make_optimizer(s, policy)
-    evaluate = Evaluation(s, world, tokenizer, ends, held, policy)
+    evaluate = Evaluation(s, world, tokenizer, ends, held, policy, whole)
 
     # What a checkpoint holds. Order of rows, segments and sampling need no state: their seeds come from the step.
     shared = {"policy": policy, "optimizer": optimizer, "ema": ema, "frozen": frozen}   # the same in every process
@@ -282,7 +286,7 @@ def train(s: Settings, stop: Stop | None = None) -> None:
         lr = learning_rate(s, step - first + 1, last - first + 1, s.lr[iteration])
         for group in optimizer.param_groups:
             group["lr"] = lr
-        grad_norm = float(nn.utils.clip_grad_norm_(policy.parameters(), s.max_grad_norm or math.inf))
+        grad_norm = world.clip(policy, s.max_grad_norm or math.inf)
         finite, = world.sum([math.isfinite(means["loss"]) and math.isfinite(grad_norm)])
         if finite == world.size:        # all processes take the step, or none
             optimizer.step()                                                            # line 16
@@ -293,7 +297,7 @@ def train(s: Settings, stop: Stop | None = None) -> None:
             tally["skipped"], tally["bad_in_a_row"] = tally["skipped"] + 1, tally["bad_in_a_row"] + 1
             report.say(f"step {step}: loss or gradient is not finite; no process takes the step; {blame(world, suspects, pairs)}")
         if s.ref in ("policy", "ema") and step % s.ref_every == 0:                      # Table 4
-            reference.load_state_dict((ema.model if s.ref == "ema" else policy).state_dict())
+            frozen.load_state_dict((ema.model if s.ref == "ema" else policy).state_dict())
         clock.lap("update")
 
         record = {"step": step, "epoch": step * s.batch_size / len(rows), **means, "lr": lr, "grad_norm": grad_norm, "skipped": tally["skipped"]}
@@ -321,7 +325,8 @@ def train(s: Settings, stop: Stop | None = None) -> None:
             raise Stopped(f"stopped by a signal after step {step}, and saved; go on with --resume {folder}")
 
     report.close()
-    world.on_main(lambda: save_model(policy, tokenizer, ends, folder / "final"))
+    trained = world.take_back(start, policy)
+    world.on_main(lambda: save_model(trained, tokenizer, ends, folder / "final"))
     report.summary(tally["before"], evaluate(policy))
 
 

@@ -20,6 +20,7 @@ import torch
 from sapo import Pair
 from support.parallel import lost_process
 from support.report import write_json, write_whole
+from support.shard import own_share, whole_state
 from support.settings import RunFailed, Settings, UserError, changes, located, run_folder, say_changes
 
 MANIFEST = "manifest.json"
@@ -60,8 +61,9 @@ def write_checkpoint(run: Path, step: int, world, shared: dict, own: dict, tally
     try:
         world.on_main(lambda: fresh_folder(partial))
         files = {f"rank{world.rank}.pt": states(own)}
+        common = whole_state(states(shared), keep=world.is_main)        # of sharded models all processes have a part
         if world.is_main:
-            files["shared.pt"] = states(shared) | {"tally": tally, "step": step}
+            files["shared.pt"] = common | {"tally": tally, "step": step}
         parts = world.everywhere(lambda: {name: write_file(partial / name, state) for name, state in files.items()})
         hashes = {name: digest for part in parts for name, digest in part.items()}
         world.on_main(lambda: finish(partial, final, {"step": step, "processes": world.size, "sha256": hashes}, keep))
@@ -153,20 +155,23 @@ def read_checkpoint(checkpoint: Path, world, shared: dict, own: dict) -> tuple[i
         raise UserError(f"--resume: {checkpoint} was written by {manifest['processes']} processes and this run has {world.size}; "
                         f"start it with --nproc_per_node {manifest['processes']}")
     read = []
-    world.everywhere(lambda: read.extend(load_file(checkpoint / name) for name in ("shared.pt", f"rank{world.rank}.pt")))
+    # A sharded run reads its share alone from the disk.
+    world.everywhere(lambda: read.extend(load_file(checkpoint / name, mmap=world.sharded) for name in ("shared.pt", f"rank{world.rank}.pt")))
     try:
-        for parts, found in zip((shared, own), read):
-            for name, part in parts.items():
-                if part is not None:
-                    part.load_state_dict(found[name], **({"item": Pair} if name == "buffer" else {}))
+        for name, part in shared.items():
+            if part is not None:
+                part.load_state_dict(own_share(part, read[0][name]) if world.sharded else read[0][name])
+        for name, part in own.items():
+            if part is not None:
+                part.load_state_dict(read[1][name], **({"item": Pair} if name == "buffer" else {}))
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"{checkpoint}: does not fit this model and these settings ({error_text(error)})") from None
     return read[0]["step"], read[0]["tally"]
 
 
-def load_file(path: Path) -> dict:
+def load_file(path: Path, mmap: bool) -> dict:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError:
         raise UserError(f"{path}: holds more than tensors, numbers and text, so no checkpoint of this program; it was not loaded") from None
 

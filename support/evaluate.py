@@ -14,21 +14,22 @@ class Evaluation:
     held-out rows have a rejected response, these pairs count besides (data_...), whatever the method.
     """
 
-    def __init__(self, settings, world, tokenizer, ends: list[int], rows: list[Row], start_model):
-        self.settings, self.world, self.tokenizer, self.ends = settings, world, tokenizer, ends
+    def __init__(self, settings, world, tokenizer, ends: list[int], rows: list[Row], start_model, whole):
+        """start_model: what training starts from. whole: gives a model as one that can generate (Whole)."""
+        self.settings, self.world, self.tokenizer, self.ends, self.whole = settings, world, tokenizer, ends, whole
         self.rows = sorted(rows[world.rank::world.size], key=lambda row: len(row.prompt))
         self.columns = [column_pair(row) for row in self.rows if row.rejected]
         if settings.rejected == "data":
             self.pairs = self.columns
         else:
             generator = torch.Generator(world.device).manual_seed(world.rank)
-            with world.precision(settings.dtype):
-                self.pairs = write_pairs(settings, start_model, self.rows, ends, [[row.number] for row in self.rows], generator, 1)
+            with world.precision(settings.dtype), whole.of(start_model) as model:
+                self.pairs = write_pairs(settings, model, self.rows, ends, [[row.number] for row in self.rows], generator, 1)
 
     @torch.no_grad()
     def __call__(self, model) -> dict[str, float]:
         """exact_match, nll, preference_accuracy and _margin, data_accuracy and _margin, chosen_logps, as far as the rows allow."""
-        with self.world.precision(self.settings.dtype):
+        with self.world.precision(self.settings.dtype), self.whole.of(model) as model:
             scored = self._score(model, self.pairs)
             columns = scored if self.columns is self.pairs else self._score(model, self.columns)
             tallies = {"exact_match": self._exact_match(model),

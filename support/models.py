@@ -1,5 +1,5 @@
 """Models and tokenizers in from a folder or the hub, out to an ordinary Hugging Face folder."""
-import copy
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -12,10 +12,10 @@ from support.rows import CHATML, VICUNA
 from support.settings import RunFailed, Settings, UserError, located
 
 
-def load_model(settings: Settings, device):
+def load_model(settings: Settings, world):
     """The policy and its tokenizer. Weights are fp32 whatever the folder holds: bf16 would round small steps away.
 
-    Lowers the settings' max_len to the positions the model has. Raises UserError where there is no model, or one this
+    With --shard the whole of it lies on rank 0's CPU and nothing but shapes on the others. Lowers the settings' max_len to the positions the model has. Raises UserError where there is no model, or one this
     program can't train.
     """
     name = str(located(settings.model))
@@ -23,8 +23,9 @@ def load_model(settings: Settings, device):
     try:
         trust = {"trust_remote_code": settings.trust_remote_code}
         tokenizer = AutoTokenizer.from_pretrained(name, **trust)
-        if settings.random_init:
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name, **trust), dtype=torch.float32, **trust)
+        if settings.random_init or world.sharded and not world.is_main:
+            with torch.device("meta") if world.sharded and not world.is_main else contextlib.nullcontext():
+                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name, **trust), dtype=torch.float32, **trust)
         else:
             model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **trust)
     except (OSError, ValueError, KeyError) as error:
@@ -32,7 +33,7 @@ def load_model(settings: Settings, device):
         raise UserError(f"--model {settings.model}: not a causal language model with its tokenizer ({reason})") from None
     added = set_template(tokenizer, settings.chat_template)
     if added and len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer))
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=not model.get_input_embeddings().weight.is_meta)
     try:                                            # saving refuses what loading let pass: find out now
         model.generation_config.validate(strict=True)
     except ValueError:
@@ -40,7 +41,7 @@ def load_model(settings: Settings, device):
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or settings.max_len
     settings.max_len = min(settings.max_len, positions)
     settings.max_prompt_len = min(settings.max_prompt_len, settings.max_len - 1)
-    return model.to(device).eval(), tokenizer       # eval: no dropout, in training either, as in the EMA and reference
+    return (model if world.sharded else model.to(world.device)).eval(), tokenizer       # eval: no dropout, in training either, as in the EMA and reference
 
 
 def checkpoint_layers(model) -> None:
@@ -53,14 +54,6 @@ def checkpoint_layers(model) -> None:
             for name, value in vars(layer).items():
                 if name.endswith("dropout") and isinstance(value, float):       # some layers (OPT's) apply their own
                     setattr(layer, name, 0.0)
-
-
-def bf16_copy(model):
-    """A copy to generate from, its weights in bf16; what is no weight (rotary frequencies) keeps its precision."""
-    model = copy.deepcopy(model).requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.bfloat16()
-    return model
 
 
 def check_ids(model, rows, settings: Settings) -> None:

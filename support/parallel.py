@@ -1,4 +1,6 @@
-"""Several processes: started by torchrun, one a device, each with its share of every batch (DDP)."""
+"""Several processes: started by torchrun, one a device, each with its share of every batch (DDP, or FSDP2 with --shard)."""
+import contextlib
+import copy
 import gc
 import os
 import signal
@@ -7,12 +9,16 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from support.shard import sharded_copy, whole_tensor
+
 
 class World:
     """The processes of a run. rank: which one this is; size: how many; device: what this one computes on."""
 
-    def __init__(self, threads: int | None = None):
+    def __init__(self, threads: int | None = None, shard: bool = False):
+        """threads: CPU threads of each process. shard: cut models up among the processes instead of copying them."""
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.sharded = shard and self.size > 1
         local, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if torch.cuda.is_available():
             self.device = torch.device("cuda", local)
@@ -33,11 +39,40 @@ class World:
         if self.is_main:
             print(text, flush=True)
 
-    def wrap(self, module):
-        """The module whose forward is to be called in training: DDP where there are several processes."""
-        if self.size == 1:
-            return module
-        return DistributedDataParallel(module, device_ids=[self.device] if self.device.type == "cuda" else None)
+    def place(self, start):
+        """The model to train, from the one that was loaded: that one itself, or its sharded copy."""
+        return sharded_copy(start, self.device) if self.sharded else start
+
+    def copy(self, start):
+        """A frozen copy of the model that was loaded."""
+        return self.place(start if self.sharded else copy.deepcopy(start)).requires_grad_(False)
+
+    def take_back(self, start, policy):
+        """`start` with the weights of the trained model: whole, on rank 0. All processes together."""
+        if self.sharded:
+            for mine, theirs in zip([*start.parameters(), *start.buffers()], [*policy.parameters(), *policy.buffers()]):
+                found = whole_tensor(theirs.detach())
+                if self.is_main:
+                    mine.data.copy_(found)
+        return start
+
+    def wrap(self, scorer):
+        """The module whose forward is to be called in training: DDP where there are several processes (FSDP is in the model)."""
+        if self.size == 1 or self.sharded:
+            return scorer
+        return DistributedDataParallel(scorer, device_ids=[self.device] if self.device.type == "cuda" else None)
+
+    def accumulate(self, scorer, last: bool):
+        """A context for one backward pass of several: DDP adds up over the processes in the last one only."""
+        return contextlib.nullcontext() if last or self.size == 1 or self.sharded else scorer.no_sync()
+
+    def most(self, number: int) -> int:
+        """How often each process has to call a sharded model, where one calls it `number` times: they gather it together."""
+        return max(self.gather(number)) if self.sharded else number
+
+    def clip(self, policy, max_norm: float) -> float:
+        """Scale gradients down to max_norm; returns the norm before."""
+        return float(whole_tensor(torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm)))
 
     def precision(self, dtype: str):
         """A context to compute in: for "bf16" matrix products run in bf16 while weights stay what they are."""

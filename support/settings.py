@@ -88,6 +88,7 @@ class Settings:
     max_grad_norm: float = setting(1.0, "clip the gradient's norm to this; 0: do not")
     dtype: str = setting("fp32", "what is computed in; bf16 keeps weights and optimizer in fp32 and generates from a bf16 copy", ["fp32", "bf16"])
     grad_checkpoint: bool = setting(False, "keep each layer's input only and compute the rest again in backward: less memory, more time")
+    shard: bool = setting(False, "several processes: cut policy, EMA model and reference up among them (FSDP2) instead of copying them")
     compile: bool = setting(False, "torch.compile the policy for scoring: faster steps after a slow first one")
     seed: int = setting(0, "of everything random: order, segments, sampling, drawing, fresh weights")
     # watching
@@ -125,7 +126,7 @@ def parse(argv: list[str]) -> Settings:
 
 # What a resumed run may do otherwise than before. Everything else decides what the run is.
 CHANGEABLE = {"out", "overwrite", "resume", "save_every", "keep", "max_bad_steps", "threads", "eval_every", "print_every", "compile",
-              "grad_checkpoint", "micro_batch", "generate_batch", "steps", "epochs", "lr", "schedule", "warmup", "max_grad_norm",
+              "grad_checkpoint", "shard", "micro_batch", "generate_batch", "steps", "epochs", "lr", "schedule", "warmup", "max_grad_norm",
               "trust_remote_code", "beta", "lam", "label_smoothing", "temperature", "top_k", "top_p", "ema_decay", "ema_every", "ref_every"}
 
 
@@ -210,6 +211,7 @@ def resolve(s: Settings, explicit: set[str]) -> Settings:
     refuse("num_rejected", not generates and s.num_rejected > 1, "--loss sft or --rejected data, which generate nothing")
     refuse("iterations", s.rejected != "iteration" and s.iterations != 1, "anything but --rejected iteration (SPIN)")
     refuse("ref", s.loss != "dpo", f"--loss {s.loss}, which needs no reference model")
+    refuse("compile", s.shard, "--shard, which it was not tried with")
     refuse("ref", s.rejected == "iteration", "--rejected iteration (SPIN): the reference is the policy of the iteration's start")
 
     if s.rejected == "iteration" and "segment_len" not in explicit:
