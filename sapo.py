@@ -375,8 +375,8 @@ def _score(model, pairs, average, kinds, share_prefix, split_head):
     else:
         logps = token_logps(output.logits[row, column], label)                                      # (N,)
     place = pair * 4 + kind
-    sums = logps.new_zeros(len(pairs) * 4).index_add(0, place, logps).view(-1, 4)                     # (B, kinds)
-    counts = torch.bincount(place, minlength=len(pairs) * 4).view(-1, 4)
+    sums, counts = (logps.new_zeros(len(pairs) * 4).index_add(0, place, values).view(-1, 4)
+                    for values in (logps, torch.ones_like(logps)))                                  # (B, kinds) each
     both = torch.tensor([[0, 1, 1, 0], [0, 1, 0, 1], [1, 1, 1, 0]], device=device)      # A counts for y+ and for y-
     totals, lengths = ((x[:, None] * both).sum(-1) for x in (sums, counts))     # (B, 3); autocast would take sums @ both.T in bf16
     means = totals / lengths.clamp(min=1)

@@ -1384,6 +1384,16 @@ def test_shard_equals_ddp(flags, tiny_run, tmp_path):
     check_close_weights(a["policy"], b["policy"])
 
 
+def test_shard_in_bf16(tiny_run, tmp_path):
+    """--shard --dtype bf16: losses close to fp32's and not equal to them, fp32 weights in the end."""
+    flags = [*tiny_run, "--rejected", "data", "--loss", "orpo", "--grad_checkpoint"]
+    for dtype in ("fp32", "bf16"):
+        assert two_processes(lambda: train.train(parse([*flags, "--shard", "--dtype", dtype, "--out", str(tmp_path / dtype)]))) == [0, 0]
+    a, b = ([r["loss"] for r in untimed(tmp_path / dtype)] for dtype in ("fp32", "bf16"))
+    assert a != b and a == pytest.approx(b, rel=0.02)
+    assert all(w.dtype == torch.float32 for w in weights(tmp_path / "bf16").values())
+
+
 def test_shard_equals_one_process(tiny_run, tmp_path):
     """Plain DPO cut up among two processes gives the losses and weights of one process on the same global batch, with tied
     embeddings too."""

@@ -76,7 +76,7 @@ def learn(s: Settings, world: World, scorer, reference, pairs: list[Pair], beta:
     for i in range(rounds):
         chunk, counts = micro[min(i, len(micro) - 1)], i < len(micro)
         with world.accumulate(scorer, last=i + 1 == rounds):
-            with world.precision(s.dtype):
+            with world.precision():
                 logps = scorer(chunk, **how)
                 with torch.no_grad():
                     reference_logps = reference(chunk, **how) if reference is not None else None
@@ -204,7 +204,7 @@ def seed_of(numbers: list[int]) -> int:
 def train(s: Settings, stop: Stop | None = None) -> None:
     """One run: set up, evaluate, Algorithm 1, evaluate, save. stop: tells when a signal asked for an end."""
     stop, asked = stop or Stop(), as_saved(s)
-    world = World(s.threads, s.shard)
+    world = World(s.threads, s.shard, s.dtype)
     if s.batch_size % world.size or s.buffer_size % world.size:
         raise UserError(f"--batch_size {s.batch_size} and --buffer_size {s.buffer_size} must divide evenly among {world.size} processes")
     checkpoint = world.on_main(lambda: to_go_on_from(s.resume)) if s.resume else None
@@ -227,7 +227,7 @@ def train(s: Settings, stop: Stop | None = None) -> None:
     except ValueError as error:
         raise UserError(f"--model {s.model}: {error}") from None
     # Algorithm 1 line 1: the policy. Lines 2 and 3: the buffer and the EMA model. DPO needs a reference besides.
-    policy, whole = world.place(start), Whole(start, world, s.dtype)
+    policy, whole = world.place(start), Whole(start, world)
     buffer = ReplayBuffer(s.buffer_size // world.size, seed=[DRAW, s.seed, world.rank]) if s.buffer_size else None
     needs_ema = s.rejected == "ema" and s.loss != "sft" or s.ref == "ema"
     ema = EMA(policy, s.ema_decay, s.ema_every, copy=world.copy(start)) if needs_ema else None

@@ -23,13 +23,13 @@ class Evaluation:
             self.pairs = self.columns
         else:
             generator = torch.Generator(world.device).manual_seed(world.rank)
-            with world.precision(settings.dtype), whole.of(start_model) as model:
+            with world.precision(), whole.of(start_model) as model:
                 self.pairs = write_pairs(settings, model, self.rows, ends, [[row.number] for row in self.rows], generator, 1)
 
     @torch.no_grad()
     def __call__(self, model) -> dict[str, float]:
         """exact_match, nll, preference_accuracy and _margin, data_accuracy and _margin, chosen_logps, as far as the rows allow."""
-        with self.world.precision(self.settings.dtype), self.whole.of(model) as model:
+        with self.world.precision(), self.whole.of(model) as model:
             scored = self._score(model, self.pairs)
             columns = scored if self.columns is self.pairs else self._score(model, self.columns)
             tallies = {"exact_match": self._exact_match(model),

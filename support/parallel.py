@@ -15,10 +15,11 @@ from support.shard import sharded_copy, whole_tensor
 class World:
     """The processes of a run. rank: which one this is; size: how many; device: what this one computes on."""
 
-    def __init__(self, threads: int | None = None, shard: bool = False):
-        """threads: CPU threads of each process. shard: cut models up among the processes instead of copying them."""
+    def __init__(self, threads: int | None = None, shard: bool = False, dtype: str = "fp32"):
+        """threads: CPU threads of each process. shard: cut models up among the processes instead of copying them. dtype: to
+        compute in, "fp32" or "bf16"; weights are fp32 either way."""
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.sharded = shard and self.size > 1
+        self.sharded, self.dtype = shard and self.size > 1, dtype
         local, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if torch.cuda.is_available():
             self.device = torch.device("cuda", local)
@@ -41,7 +42,7 @@ class World:
 
     def place(self, start):
         """The model to train, from the one that was loaded: that one itself, or its sharded copy."""
-        return sharded_copy(start, self.device) if self.sharded else start
+        return sharded_copy(start, self.device, self.dtype) if self.sharded else start
 
     def copy(self, start):
         """A frozen copy of the model that was loaded."""
@@ -60,7 +61,8 @@ class World:
         """The module whose forward is to be called in training: DDP where there are several processes (FSDP is in the model)."""
         if self.size == 1 or self.sharded:
             return scorer
-        return DistributedDataParallel(scorer, device_ids=[self.device] if self.device.type == "cuda" else None)
+        return DistributedDataParallel(scorer, device_ids=[self.device] if self.device.type == "cuda" else None,
+                                       gradient_as_bucket_view=True)        # no second copy of the gradients
 
     def accumulate(self, scorer, last: bool):
         """A context for one backward pass of several: DDP adds up over the processes in the last one only."""
@@ -74,9 +76,9 @@ class World:
         """Scale gradients down to max_norm; returns the norm before."""
         return float(whole_tensor(torch.nn.utils.clip_grad_norm_(policy.parameters(), max_norm)))
 
-    def precision(self, dtype: str):
-        """A context to compute in: for "bf16" matrix products run in bf16 while weights stay what they are."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == "bf16")
+    def precision(self):
+        """A context to compute in: in bf16 matrix products are, while weights stay what they are (FSDP sees to that itself)."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bf16" and not self.sharded)
 
     def sum(self, values: list[float]) -> list[float]:
         """Each value summed over the processes."""

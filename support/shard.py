@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -24,17 +24,19 @@ def hull(model, device="meta", dtype=None):
     return copy.deepcopy(model, empty)
 
 
-def sharded_copy(model, device):
+def sharded_copy(model, device, dtype: str):
     """A copy of a model, cut up among the processes. model: whole on rank 0, anything of the same shapes on the others.
+    dtype: "bf16" gathers and computes in bf16, from fp32 shares and to fp32 gradients; autocast would keep what it casts.
 
     The layers are gathered one at a time while the copy scores; what lies outside of them during all of its `score`,
     pair_logps as a method, because FSDP gathers around the calls of a module's own methods.
     """
     found, mesh = hull(model), init_device_mesh(device.type, (dist.get_world_size(),))
+    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if dtype == "bf16" else MixedPrecisionPolicy()
     for layer in found.modules():
         if isinstance(layer, GradientCheckpointingLayer):       # what transformers builds every decoder layer on
-            fully_shard(layer, mesh=mesh)
-    fully_shard(found, mesh=mesh)
+            fully_shard(layer, mesh=mesh, mp_policy=precision)
+    fully_shard(found, mesh=mesh, mp_policy=precision)
     found.to_empty(device=device)
     with torch.no_grad():
         for mine, whole in zip(found.parameters(), model.parameters()):
@@ -61,12 +63,12 @@ class Whole:
     is taken for as long as `with whole.of(model) as plain:` lasts.
     """
 
-    def __init__(self, model, world, dtype: str):
-        """model: any of the same shapes as those that will be read. dtype: "fp32" or "bf16", of the copy's weights; what is
-        no weight (rotary frequencies) keeps its precision."""
+    def __init__(self, model, world):
+        """model: any of the same shapes as those that will be read. In bf16 what is no weight (rotary frequencies) keeps its
+        precision."""
         self.plain = None
-        if world.sharded or dtype == "bf16":
-            self.plain = hull(model, world.device, torch.bfloat16 if dtype == "bf16" else None).eval().requires_grad_(False)
+        if world.sharded or world.dtype == "bf16":
+            self.plain = hull(model, world.device, torch.bfloat16 if world.dtype == "bf16" else None).eval().requires_grad_(False)
             self._resize(0)
             self.plain._sapo_generates = False      # its weights never lie where they lay, which a recorded step relies on
 
