@@ -41,9 +41,10 @@ from support.checkpoint import newest, step_of
 from support.models import checkpoint_layers, end_token_ids, load_model, set_template
 from support.evaluate import column_pair
 from support.parallel import Stop
+from support.plan import activations, memory, plan
 from support.report import ended_early, pair_statistics, parts, printable
 from support.rows import Row, Tokenize, load_data, passes, read_rows
-from support.settings import RunFailed, Settings, Stopped, UserError, make_parser, parse
+from support.settings import RunFailed, Settings, Stopped, UserError, located, make_parser, parse
 
 HERE = Path(__file__).parent
 torch.set_num_threads(2)
@@ -659,6 +660,95 @@ def test_recipes_parse(tmp_path, monkeypatch):
     demo = parse([])
     assert demo.rejected == "ema" and demo.loss in ("orpo", "dpo") and demo.buffer_size > 0
     assert len(read_rows(demo.data)) >= 4000
+
+
+LLAMA, MISTRAL = "llama3-8b", "mistral-7b"
+DPO = {"loss": "dpo", "optimizer": "rmsprop", "schedule": "linear", "warmup": 0.1, "lr": [5e-7], "beta": [0.1]}
+ORPO = {"loss": "orpo", "lam": 0.05, "optimizer": "adamw", "schedule": "inverse_sqrt", "warmup": 100, "lr": [5e-6]}
+SAPO = {"rejected": "ema", "epochs": 4, "segment_len": 256, "buffer_size": 2000, "num_rejected": 1, "ema_decay": 0.5, "ema_every": 2,
+        "temperature": 0.7, "top_k": 50, "top_p": 0.95}
+SAPO_DPO = SAPO | DPO | {"ref": "ema", "ref_every": 108}
+SPIN = {"rejected": "iteration", "iterations": 4, "epochs": 3, "segment_len": 0, "max_new_tokens": 256, "lr": [5e-7, 5e-7, 1e-7, 1e-7]}
+PAPER = {f"sapo-orpo-{model}": SAPO | ORPO for model in (LLAMA, MISTRAL)}
+PAPER |= {f"sapo-dpo-{model}": SAPO_DPO for model in (LLAMA, MISTRAL)}
+PAPER |= {f"orpo-{model}": ORPO | {"rejected": "data", "epochs": epochs} for model, epochs in ((LLAMA, 4), (MISTRAL, 3))}
+PAPER |= {f"dpo-{model}": DPO | {"rejected": "data", "epochs": 3, "ref": "fixed"} for model in (LLAMA, MISTRAL)}
+PAPER |= {f"spin-orpo-{model}": ORPO | SPIN for model in (LLAMA, MISTRAL)}
+PAPER |= {f"spin-dpo-{model}": DPO | SPIN | {"beta": [0.1, 0.1, 0.1, 5.0]} for model in (LLAMA, MISTRAL)}
+PAPER |= {"sft-llama3-8b": {"loss": "sft", "lr": [2e-5], "epochs": 3, "schedule": "cosine", "out": "runs/sft-llama3-8b", "plan_rows": 9500},
+          "table3-on-policy": SAPO | ORPO | {"rejected": "policy", "buffer_size": 0}, "table3-no-segment": SAPO | ORPO | {"segment_len": 0}}
+PAPER |= {f"table4-{name}-ref-{model}": SAPO_DPO | {"ref": ref} for model in (LLAMA, MISTRAL) for name, ref in (("fix", "fixed"), ("policy", "policy"))}
+PAPER |= {f"table5-responses-{k}": SAPO | ORPO | {"num_rejected": k} for k in (4, 8)}
+PAPER |= {f"table5-segment-{n}": SAPO | ORPO | {"segment_len": n} for n in (64, 128)}
+
+
+def test_recipes_are_the_papers():
+    """There is a recipe for every trained row of Tables 1 to 5, and each has the paper's settings (Section 5.1, Appendix B),
+    or those of the authors' code; none leaves a number of rows, or where a value comes from, unsaid."""
+    assert set(PAPER) == {r.stem for r in (HERE / "recipes").glob("*.txt")} - {"demo", "demo-sft"}
+    for name, expected in PAPER.items():
+        text = (HERE / "recipes" / f"{name}.txt").read_text()
+        s = parse([f"@{HERE / 'recipes' / name}.txt"])
+        common = {"batch_size": 64, "max_len": 2048, "max_prompt_len": 1792, "eval_rows": 0, "plan_rows": 7563, "shard": True,
+                  "chat_template": "vicuna" if expected["loss"] == "orpo" and MISTRAL in name else "chatml"}
+        assert {key: getattr(s, key) for key in common | expected} == common | expected, name
+        assert ("mistral" in s.plan_config) == (MISTRAL in name) and located(s.plan_config).exists()
+        assert ("sft" in s.model) == (s.loss == "dpo") and ("capybara" in s.data) == (s.loss != "sft")
+        assert f"@recipes/{name}.txt" in text and text.count("Section 5.1") >= 2
+
+
+def test_dry_run(tmp_path):
+    """The dry run needs neither weights nor data nor network: Llama 3's number of parameters, the paper's steps, an upper
+    bound on tokens, and memory by part, which --shard divides."""
+    flags = [f"@{HERE / 'recipes' / 'sapo-dpo-llama3-8b.txt'}", "--dry_run"]
+    done = command(*flags, cwd=tmp_path)
+    assert done.returncode == 0 and list(tmp_path.iterdir()) == [], done.stderr
+    assert "8030.26 M parameters" in done.stdout and f"{math.ceil(7563 * 4 / 64)} of 64 prompts" in done.stdout
+    assert f"{473 * 64 * 4096 / 1e6:.1f} M scored, {473 * 64 * 256 / 1e6:.1f} M written" in done.stdout
+    one, eight = (plan(parse([*flags, "--plan_processes", n]), 1) for n in ("1", "8"))
+    part = {text: float(re.search(r"policy +([0-9.]+) GiB", text)[1]) for text in (one, eight)}
+    assert part[one] == pytest.approx(4 * 8.03026e9 / 2 ** 30, abs=0.01) and part[eight] == pytest.approx(part[one] / 8, abs=0.01)
+    assert "--plan_config" in command("--model", "nobody/nothing", "--data", "x.jsonl", "--dry_run", cwd=tmp_path).stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(PAPER))
+def test_every_recipe_can_be_planned(name):
+    """The dry run works for every recipe of the paper and says that it fits 8 GPUs of 80 GB."""
+    text = plan(parse([f"@{HERE / 'recipes' / name}.txt", "--dry_run"]), 1)
+    assert float(re.search(r"peak, at most +([0-9.]+) GiB", text)[1]) < 75
+
+
+def test_planned_memory_is_what_a_step_keeps():
+    """The plan's activations are what autograd really keeps of a forward pass on the CPU, within a tenth, and its shares
+    of weights, gradients and optimizer are exact."""
+    s = parse(["--model", "x", "--data", "y", "--max_len", "64", "--micro_batch", "2", "--loss", "dpo"])
+    model, kept = tiny(), {}
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def keep(tensor):
+        if tensor.untyped_storage()._cdata not in own:
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    pair = Pair([1], [1] * 63, [1] * 63, 0)
+    pair_logps(model, [pair])
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        pair_logps(model, [pair] * 2)
+    measured = sum(storage.nbytes() for storage in kept.values())
+    with torch.device("meta"):
+        shape = AutoModelForCausalLM.from_config(model.config)
+    assert activations(s, shape) == pytest.approx(measured * 1.5, rel=0.1)         # two layers, and one of them in backward
+    parts, peak = memory(s, shape, 4)
+    sizes = [size / sum(p.numel() for p in model.parameters()) for size in parts.values()]
+    assert sizes[:5] == [4, 4, 8, 4, 4] and peak <= sum(parts.values())
+
+
+def test_without_held_out_rows(tiny_run, tmp_path):
+    """--eval_rows 0 trains on every row and evaluates nothing."""
+    flags = [flag for flag in tiny_run if "heldout" not in flag and flag != "--eval_data"]
+    records, summary = run(flags, tmp_path, "--rejected", "data", "--eval_rows", "0", "--steps", "2")
+    assert summary == {"before": {}, "after": {}} and records[1]["epoch"] == 2 * 4 / 40
 
 
 # ------------------------------------------------------------------------------------------------------------- rows

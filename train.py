@@ -29,6 +29,7 @@ from support.checkpoint import changed, finished, fingerprint, newest, new_run_f
 from support.evaluate import Evaluation, batches, column_pair, write_pairs
 from support.models import check_ids, checkpoint_layers, end_token_ids, load_model, save_model
 from support.parallel import Stop, World, leave, lost_process
+from support.plan import plan
 from support.report import Clock, Report, buffer_statistics, header, pair_statistics, peak_memory_mib
 from support.rows import Tokenize, load_data
 from support.shard import Whole
@@ -340,7 +341,11 @@ def main() -> None:
     status, stop = 0, Stop()
     try:
         stop.listen()
-        train(parse(sys.argv[1:]), stop)
+        settings = parse(sys.argv[1:])
+        if not settings.dry_run:
+            train(settings, stop)
+        elif on_main():
+            print(plan(settings, int(os.environ.get("WORLD_SIZE", 1))))
     except UserError as error:
         status = say_error(error, error.status)
     except KeyboardInterrupt as error:
@@ -358,9 +363,13 @@ def main() -> None:
     sys.exit(status)
 
 
+def on_main() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def say_error(error, status: int, on_all: bool = False) -> int:
     """Print what went wrong, on one process or on all; returns the exit status."""
-    if on_all or int(os.environ.get("RANK", 0)) == 0:
+    if on_all or on_main():
         print(f"train.py: {error}", file=sys.stderr, flush=True)
     return status
 

@@ -62,7 +62,8 @@ class Report:
         """Held-out results before and after, as a table and as summary.json, and where everything is."""
         if self.world.is_main:
             write_json(self.folder / "summary.json", {"before": before, "after": after})
-        self.say(f"{'held out':<22}{'before':>10}{'after':>10}{'difference':>12}")
+        if before:
+            self.say(f"{'held out':<22}{'before':>10}{'after':>10}{'difference':>12}")
         for name in before:
             self.say(f"{name:<22}{before[name]:>10.4f}{after[name]:>10.4f}{after[name] - before[name]:>+12.4f}")
         self.say(f"\nsaved {self.folder}/final (an ordinary Hugging Face folder), metrics.jsonl, settings.json and summary.json beside it")

@@ -234,21 +234,20 @@ class Tokenize:
 
 
 def load_data(settings, tokenize: Tokenize, say=print) -> tuple[list[Row], list[Row]]:
-    """Training and held-out rows. Without --eval_data every k-th row is held out: 2% of them, at most 200.
+    """Training and held-out rows. Without --eval_data every k-th row is held out: 2% of them, at most 200; none with --eval_rows 0.
 
     Raises UserError on the first row that can't be used; with --skip_bad_rows such rows are left out and counted. say:
     where that, and a warning about prompts that are in both, goes.
     """
-    start, _, stop = (settings.rows or ":").partition(":")
-    used = list(enumerate(read_rows(settings.data)))[int(start or 0):int(stop) if stop else None]
-    if not used:
-        raise UserError(f"--rows {settings.rows}: {settings.data} has no such rows")
+    used = selected(settings.rows, settings.data, read_rows(settings.data))
     rows = tokenize_rows(settings.data, used, tokenize, settings.skip_bad_rows, say)
     if settings.eval_data:
         others = list(enumerate(read_rows(settings.eval_data)))
         held = tokenize_rows(settings.eval_data, others, tokenize, settings.skip_bad_rows, say)
+    elif settings.eval_rows == 0:
+        return rows, []
     else:
-        every = max(50, -(-len(rows) // 200))
+        every = held_out_every(len(rows))
         held = rows[every - 1::every]
         rows = [row for i, row in enumerate(rows) if (i + 1) % every]
         others = used
@@ -257,6 +256,20 @@ def load_data(settings, tokenize: Tokenize, say=print) -> tuple[list[Row], list[
     if known:
         say(f"warning: {known} of {len(held)} held-out prompts are in the training data too; what is measured on them is memory")
     return rows, [with_rejected(tokenize, row, dict(others)[row.number]) for row in held[:settings.eval_rows]]
+
+
+def selected(which: str | None, path: str, rows: list) -> list[tuple[int, object]]:
+    """The rows that --rows FROM:TO names, numbered as they are in the data."""
+    start, _, stop = (which or ":").partition(":")
+    used = list(enumerate(rows))[int(start or 0):int(stop) if stop else None]
+    if not used:
+        raise UserError(f"--rows {which}: {path} has no such rows")
+    return used
+
+
+def held_out_every(rows: int) -> int:
+    """Every how manieth row is held out where no --eval_data is given: 2% of them, at most 200."""
+    return max(50, -(-rows // 200))
 
 
 def with_rejected(tokenize: Tokenize, row: Row, source: tuple) -> Row:

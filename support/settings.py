@@ -93,7 +93,7 @@ class Settings:
     seed: int = setting(0, "of everything random: order, segments, sampling, drawing, fresh weights")
     # watching
     eval_every: int = setting(0, "steps between evaluations besides those at the start and the end; 0: none between")
-    eval_rows: int = setting(500, "most held-out rows used")
+    eval_rows: int = setting(500, "most held-out rows used; 0: no evaluation, and all rows are trained on")
     print_every: int = setting(50, "steps between printed pairs; 0: never")
     # surviving
     save_every: int = setting(0, "steps between checkpoints; 0: only when a signal ends the run")
@@ -102,6 +102,11 @@ class Settings:
                           "its settings apply where no others are given")
     max_bad_steps: int = setting(5, "steps in a row without a finite loss and gradient after which the run stops")
     threads: int = setting(None, "CPU threads of each process (none: the cores, shared evenly)")
+    # planning
+    dry_run: bool = setting(False, "print parameters, steps, tokens and memory of the run, and stop; needs neither weights nor data nor a GPU")
+    plan_config: str = setting(None, "dry run: config.json with the model's shape, where the model itself is not at hand")
+    plan_rows: int = setting(None, "dry run: number of rows, where the data is not at hand")
+    plan_processes: int = setting(None, "dry run: processes to plan for (none: those that torchrun started)")
 
 
 def parse(argv: list[str]) -> Settings:
@@ -127,7 +132,7 @@ def parse(argv: list[str]) -> Settings:
 # What a resumed run may do otherwise than before. Everything else decides what the run is.
 CHANGEABLE = {"out", "overwrite", "resume", "save_every", "keep", "max_bad_steps", "threads", "eval_every", "print_every", "compile",
               "grad_checkpoint", "shard", "micro_batch", "generate_batch", "steps", "epochs", "lr", "schedule", "warmup", "max_grad_norm",
-              "trust_remote_code", "beta", "lam", "label_smoothing", "temperature", "top_k", "top_p", "ema_decay", "ema_every", "ref_every"}
+              "trust_remote_code", "dry_run", "plan_config", "plan_rows", "plan_processes", "beta", "lam", "label_smoothing", "temperature", "top_k", "top_p", "ema_decay", "ema_every", "ref_every"}
 
 
 def run_folder(resume: str) -> Path:
@@ -149,7 +154,7 @@ def parse_resumed(given: dict) -> Settings:
     if "out" in given and Path(given["out"]).resolve() != run.resolve():
         raise UserError(f"--out {given['out']}: a resumed run goes on in its own folder, {run}")
     # Leave to run a model's code is not inherited, and new epochs count where steps had been given before.
-    fresh = {"overwrite": False, "trust_remote_code": False} | ({"steps": None} if "epochs" in given else {})
+    fresh = {"overwrite": False, "trust_remote_code": False, "dry_run": False} | ({"steps": None} if "epochs" in given else {})
     s = resolve(Settings(**{**known, **fresh, **given, "out": str(run)}), explicit={"segment_len", *given})
     fixed_length = {"steps", "epochs"} if s.rejected == "iteration" else set()         # SPIN's iterations would move
     refused = {name: change for name, change in changes(known, s).items() if name not in CHANGEABLE - fixed_length}
@@ -250,7 +255,7 @@ def check_ranges(s: Settings) -> None:
     for name in ("ema_decay", "label_smoothing", "top_p"):
         if not 0 <= getattr(s, name) <= 1:
             raise UserError(f"--{name} must lie between 0 and 1, not {getattr(s, name)}")
-    for name in ("steps", "threads"):
+    for name in ("steps", "threads", "plan_rows", "plan_processes"):
         if getattr(s, name) is not None and getattr(s, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(s, name)}")
     if s.epochs <= 0 or min(s.lr) <= 0 or min(s.beta) <= 0:

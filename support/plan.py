@@ -1,0 +1,134 @@
+"""--dry_run: what a run would be, from the shape of its model alone: parameters, steps, tokens, memory a GPU.
+
+The model and its training step are built on the meta device, where tensors have a shape and no content, so that neither
+weights nor data nor a network is needed: a config.json and a number of rows will do.
+"""
+import math
+from collections import Counter
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sapo import LOGITS_AT_ONCE, Pair, pair_logps
+from support.rows import held_out_every, read_rows, selected
+from support.settings import Settings, UserError, located
+
+GIB = 2 ** 30
+
+
+def plan(s: Settings, processes: int) -> str:
+    """The dry run's report, as printed. Raises UserError where the shape or the number of rows can't be found out.
+
+    Tokens and memory are upper bounds: as if every prompt were short, every response as long as --max_len allows, and no
+    prefix shared. processes: those that torchrun started; --plan_processes says otherwise.
+    """
+    processes = s.plan_processes or processes
+    config = read_config(s)
+    s.max_len = min(s.max_len, getattr(config.get_text_config(), "max_position_embeddings", None) or s.max_len)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if s.dtype == "bf16" else torch.float32).eval()
+    rows, where = count_rows(s)
+    held = 0 if s.eval_data or not s.eval_rows else rows // held_out_every(rows)
+    steps = s.steps or math.ceil(s.epochs * (rows - held) / s.batch_size) * s.iterations
+    scored = s.batch_size * (s.max_len if s.loss == "sft" else 2 * s.max_len)
+    new = min(s.segment_len or s.max_new_tokens, s.max_len) * s.num_rejected
+    written = {"data": 0, "iteration": s.iterations * (rows - held) * new}.get(s.rejected, steps * s.batch_size * new) * (s.loss != "sft")
+    by_part, peak = memory(s, model, processes)
+    parameters = sum(p.numel() for p in model.parameters())
+    lines = [f"dry run: {s.loss} on pairs from '{s.rejected}'" if s.loss != "sft" else "dry run: sft",
+             f"  model     {s.model}: {type(model).__name__}, {parameters / 1e6:.2f} M parameters",
+             f"  data      {s.data}: {rows} rows{where}, {held} of them held out",
+             f"  steps     {steps} of {s.batch_size} prompts" + (f", in {s.iterations} iterations" if s.iterations > 1 else ""),
+             f"  tokens    at most {steps * scored / 1e6:.1f} M scored, {written / 1e6:.1f} M written",
+             f"  memory    a process, of {processes}, {'cut up with --shard' if s.shard and processes > 1 else 'each with its own copy'}, --dtype {s.dtype}:"]
+    lines += [f"    {name:<44}{size / GIB:8.2f} GiB{size / parameters:8.2f} bytes a parameter" for name, size in by_part.items()]
+    return "\n".join([*lines, f"    {'peak, at most':<44}{peak / GIB:8.2f} GiB"])
+
+
+def read_config(s: Settings):
+    name = str(located(s.plan_config or s.model))
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=s.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        flag = f"--plan_config {s.plan_config}" if s.plan_config else f"--model {s.model}"
+        raise UserError(f"{flag}: no model's shape there ({str(error).strip().splitlines()[0]}); --plan_config takes a config.json") from None
+
+
+def count_rows(s: Settings) -> tuple[int, str]:
+    if s.plan_rows and not located(s.data).exists():
+        return s.plan_rows, " (by --plan_rows)"
+    return len(selected(s.rows, s.data, read_rows(s.data))), ""
+
+
+def memory(s: Settings, model, processes: int) -> tuple[dict[str, float], float]:
+    """Bytes a process needs, by part, and their peak: what stays, and the larger of scoring and generating."""
+    parameters = sum(p.numel() for p in model.parameters())
+    shares = processes if s.shard else 1
+    generates = s.loss != "sft" and s.rejected != "data"
+    parts = {"policy": 4, "gradients": 4, f"optimizer ({s.optimizer})": 4 if s.optimizer == "rmsprop" else 8}
+    if generates and s.rejected == "ema" or s.ref == "ema":
+        parts["EMA model"] = 4
+    if s.ref or s.rejected == "iteration":
+        parts["reference" if s.loss == "dpo" else "the iteration's start"] = 4
+    parts = {name: size * parameters / shares for name, size in parts.items()}
+    logits = min(LOGITS_AT_ONCE, 2 * s.max_len * s.micro_batch * model.get_input_embeddings().num_embeddings)
+    # Three times the logits of a chunk (themselves, normalised, their gradient), and the gradient of the largest matrix.
+    scoring = activations(s, model) + 4 * (3 * logits + max(p.numel() for p in model.parameters()))
+    width = 2 if s.dtype == "bf16" else 4
+    if shares > 1:      # what lies outside the layers, and two layers, gathered, with their gradients
+        scoring += 2 * width * gathered(model)
+    elif s.dtype == "bf16":
+        scoring += 2 * parameters           # autocast keeps the weights it casts until backward is through
+    parts["scoring: activations, logits" + (", layers gathered" if shares > 1 else "")] = scoring
+    generating = width * parameters if shares > 1 or s.dtype == "bf16" else 0       # a copy to generate and evaluate with
+    if generates:
+        generating += cache(s, model, processes, width)
+    parts["generating: copy of the model, KV cache" if generates else "evaluating: copy of the model"] = generating
+    return parts, sum(parts.values()) - min(scoring, generating)
+
+
+def activations(s: Settings, model) -> float:
+    """Bytes that backward needs of one micro-batch of the longest pairs: what autograd keeps of a real forward pass on
+    the meta device."""
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept, probabilities = {}, 2 * s.max_len * s.micro_batch        # storage -> bytes
+
+    def keep(tensor):
+        square = tensor.ndim >= 3 and tensor.shape[-1] == tensor.shape[-2] and tensor.shape[-1] > 1
+        # On meta, attention is composed of plain products; the fused kernels that run elsewhere keep no probabilities.
+        if tensor.untyped_storage()._cdata not in own and not (square and tensor.numel() // tensor.shape[-1] > probabilities):
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    model._sapo_exact, model._sapo_generates = (True, True), False
+    length = s.max_len - 1
+    pair = Pair([1], [1] * length, [1] * length, length if s.loss == "sft" else 0)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        pair_logps(model, [pair] * s.micro_batch)
+    total, layers = sum(storage.nbytes() for storage in kept.values()), model.config.get_text_config().num_hidden_layers
+    one = total / layers        # what a layer keeps; backward holds about as much in gradients while it goes through one
+    if not s.grad_checkpoint:
+        return total + one
+    tokens = s.micro_batch * s.max_len * (1 if s.loss == "sft" else 2)
+    return 2 * one + layers * tokens * model.config.get_text_config().hidden_size * (2 if s.dtype == "bf16" else 4)
+
+
+def gathered(model) -> int:
+    """Parameters that a sharded model holds whole while it scores: those outside the layers, and two layers."""
+    sizes = Counter()
+    for name, p in model.named_parameters():
+        numbers = [part for part in name.split(".") if part.isdigit()]
+        sizes[numbers[0] if numbers else ""] += p.numel()
+    layers = [size for number, size in sizes.items() if number]
+    return sizes[""] + 2 * max(layers, default=0)
+
+
+def cache(s: Settings, model, processes: int, width: int) -> float:
+    """Bytes of the KV cache of one batch of responses."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    ahead = s.ema_every if s.rejected == "ema" else 1
+    rows = s.generate_batch if s.rejected == "iteration" else min(s.generate_batch, -(-s.batch_size // processes) * s.num_rejected * ahead)
+    return 2 * config.num_hidden_layers * rows * s.max_len * heads * size * width
