@@ -43,7 +43,8 @@ from support.evaluate import column_pair
 from support.parallel import Stop
 from support.plan import activations, memory, plan
 from support.report import ended_early, pair_statistics, parts, printable
-from support.rows import Row, Tokenize, load_data, passes, read_rows
+from support.read import read_rows
+from support.rows import Row, Rows, Tokenize, load_data, passes
 from support.settings import RunFailed, Settings, Stopped, UserError, located, make_parser, parse
 
 HERE = Path(__file__).parent
@@ -922,7 +923,7 @@ def test_demo_has_something_to_learn_from():
     tokenize = Tokenize(tokenizer, s.max_prompt_len, s.max_len, use_rejected=False)
     rows, ends = load_data(s, tokenize)[0], end_token_ids(model, tokenizer, tokenize.turn_end)
     pairs = support.evaluate.write_pairs(s, model, rows, ends, [[row.number] for row in rows], torch.Generator().manual_seed(0), 1)
-    tallies = pair_statistics(pairs, {row.number: row for row in rows}, tokenizer, ends, s.segment_len)
+    tallies = pair_statistics(pairs, rows, tokenizer, ends, s.segment_len)
     shares = {name: total / count for name, (total, count) in tallies.items()}
     assert shares["identical"] < 0.6 and shares["worse"] > 0.5
 

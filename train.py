@@ -13,6 +13,7 @@ is to rewrite), and line 17 happens every --ema_every optimizer steps, as the pa
 import bisect
 import contextlib
 import functools
+import itertools
 import math
 import os
 import sys
@@ -25,7 +26,7 @@ from buffer import ReplayBuffer
 from ema import EMA
 from losses import dpo_loss, orpo_loss
 from sapo import Pair, check_generation, pair_logps, probe
-from support.checkpoint import changed, finished, fingerprint, newest, new_run_folder, read_checkpoint, take_up, to_go_on_from, write_checkpoint
+from support.checkpoint import changed, finished, newest, new_run_folder, read_checkpoint, take_up, to_go_on_from, write_checkpoint
 from support.evaluate import Evaluation, batches, column_pair, write_pairs
 from support.models import check_ids, checkpoint_layers, end_token_ids, load_model, save_model
 from support.parallel import Stop, World, leave, lost_process
@@ -152,7 +153,7 @@ class Writer:
 
     def start_iteration(self, number: int) -> None:
         """SPIN: answer every prompt with the model as it is now; each process takes its share, all get all."""
-        mine = self.rows[self.world.rank::self.world.size]
+        mine = [self.rows[place] for place in range(self.world.rank, len(self.rows), self.world.size)]
         pairs = self._generate(mine, [[ANSWER, self.s.seed, number, row.number] for row in mine])
         self.answers = {}
         for pair in (pair for part in self.world.gather(pairs) for pair in part):
@@ -215,9 +216,8 @@ def train(s: Settings, stop: Stop | None = None) -> None:
     start, tokenizer = load_model(s, world)
     tokenize = Tokenize(tokenizer, s.max_prompt_len, s.max_len, use_rejected=s.rejected == "data" and s.loss != "sft")
     rows, held = load_data(s, tokenize, world.say)
-    check_ids(start, rows + held, s)
+    check_ids(start, tokenizer, itertools.chain(rows, held), s)
     ends = world.on_main(lambda: end_token_ids(start, tokenizer, tokenize.turn_end))
-    by_number = {row.number: row for row in rows}
     per_iteration = math.ceil(s.epochs * len(rows) / s.batch_size)
     steps = s.steps or per_iteration * s.iterations
     bounds = [i * steps // s.iterations for i in range(s.iterations + 1)]               # last step of each iteration (SPIN)
@@ -245,7 +245,7 @@ def train(s: Settings, stop: Stop | None = None) -> None:
     # What a checkpoint holds. Order of rows, segments and sampling need no state: their seeds come from the step.
     shared = {"policy": policy, "optimizer": optimizer, "ema": ema, "frozen": frozen}   # the same in every process
     own = {"buffer": buffer, "writer": write}
-    tally = {"data": fingerprint(rows), "before": None, "skipped": 0, "bad_in_a_row": 0}
+    tally = {"data": rows.fingerprint(), "before": None, "skipped": 0, "bad_in_a_row": 0}
     done = 0
     if checkpoint:
         done, found = read_checkpoint(checkpoint, world, shared, own)
@@ -303,7 +303,7 @@ def train(s: Settings, stop: Stop | None = None) -> None:
 
         record = {"step": step, "epoch": step * s.batch_size / len(rows), **means, "lr": lr, "grad_norm": grad_norm, "skipped": tally["skipped"]}
         if write.model is not None:
-            record |= world.means(pair_statistics(new, by_number, tokenizer, ends, s.segment_len))
+            record |= world.means(pair_statistics(new, rows, tokenizer, ends, s.segment_len))
         if buffer is not None:
             record |= world.means(buffer_statistics(buffer, pairs, step)) | {"buffer_size": world.sum([len(buffer)])[0]}
         record |= clock.laps | {"seconds": sum(clock.laps.values()), "peak_memory_mib": peak_memory_mib(world.device)}

@@ -11,10 +11,8 @@ import json
 import os
 import pickle
 import shutil
-import zlib
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from sapo import Pair
@@ -222,14 +220,6 @@ def take_up(settings: Settings, done: int, other: dict) -> str:
             shutil.rmtree(later.with_suffix(".partial"))
     return (f"{run}: " + (f"going on after step {done}" if done else "no checkpoint was written yet; starting over")
             + (f", with other settings: {say_changes(other)}" if other else ""))
-
-
-def fingerprint(rows) -> int:
-    """A number that changes when any token of the training rows does."""
-    found = 0
-    for row in rows:
-        found = zlib.crc32(np.asarray([*row.prompt, -1, *row.chosen, -1, *(row.rejected or [])], dtype=np.int64).tobytes(), found)
-    return found
 
 
 def trim_metrics(path: Path, step: int) -> None:

@@ -56,10 +56,12 @@ def checkpoint_layers(model) -> None:
                     setattr(layer, name, 0.0)
 
 
-def check_ids(model, rows, settings: Settings) -> None:
+def check_ids(model, tokenizer, rows, settings: Settings) -> None:
     """Raises UserError where the tokenizer gives ids that the model has no embedding for."""
     width = model.get_input_embeddings().num_embeddings
-    largest = max(max(max(row.prompt), max(row.chosen), max(row.rejected or [0])) for row in rows)
+    if max(tokenizer.get_vocab().values()) < width:
+        return
+    largest = max(max(max(row.prompt), max(row.chosen), max(row.rejected or [0])) for row in rows)      # those it has may go unused
     if largest >= width:
         raise UserError(f"--model {settings.model}: the tokenizer gives id {largest}, the model's embedding has {width} "
                         "entries; they do not belong together")

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sapo import LOGITS_AT_ONCE, Pair, pair_logps
-from support.rows import held_out_every, read_rows, selected
+from support.read import read_rows
+from support.rows import held_out_every, selected
 from support.settings import Settings, UserError, located
 
 GIB = 2 ** 30

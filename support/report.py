@@ -135,11 +135,11 @@ def peak_memory_mib(device) -> float:
 
 def header(settings, world, model, rows, held, steps: int, folder: Path) -> str:
     """What goes into the run: model, data, machine, and every setting."""
-    tokens = sum(len(row.prompt) + len(row.chosen) for row in rows)
+    lengths = [len(row.prompt) + len(row.chosen) for row in rows.some()]
     lines = [f"SAPO: {settings.loss} on pairs from '{settings.rejected}', {steps} steps of {settings.batch_size} prompts"
              if settings.loss != "sft" else f"SFT: {steps} steps of {settings.batch_size} responses",
              f"  model     {settings.model}: {type(model).__name__}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters",
-             f"  data      {settings.data}: {len(rows)} rows, {tokens} tokens ({tokens / max(1, len(rows)):.0f} a row); {len(held)} held out",
+             f"  data      {settings.data}: {len(rows)} rows of about {sum(lengths) / len(lengths):.0f} tokens; {len(held)} held out",
              f"  machine   {world.size} x {world.device.type}" + (f", {torch.get_num_threads()} threads each" if world.device.type == "cpu" else ""),
              f"  output    {folder}"]
     settings_text = "  ".join(f"{k}={v}" for k, v in dataclasses.asdict(settings).items() if v is not None)
