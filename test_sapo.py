@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 import traceback
+import types
 from pathlib import Path
 
 import numpy as np
@@ -32,20 +33,21 @@ from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, T
 import sapo
 import support.evaluate
 import support.parallel
+import support.rows
 import train
 from buffer import ReplayBuffer
 from ema import EMA
 from losses import dpo_loss, orpo_loss, sequence_logps
 from sapo import Example, Pair, choose_segment, generate_segments, make_pairs, pair_logps, splice
 from support.checkpoint import newest, step_of
-from support.models import checkpoint_layers, end_token_ids, load_model, set_template
+from support.models import checkpoint_layers, end_token_ids, load_model, model_card, set_template
 from support.evaluate import column_pair
-from support.parallel import Stop
+from support.parallel import Stop, World
 from support.plan import activations, memory, plan
 from support.report import ended_early, pair_statistics, parts, printable
-from support.read import read_rows
+from support.read import read_rows, split_row
 from support.rows import Row, Rows, Tokenize, load_data, passes
-from support.settings import RunFailed, Settings, Stopped, UserError, located, make_parser, parse
+from support.settings import RowFailed, RunFailed, Settings, Stopped, UserError, located, make_parser, parse
 
 HERE = Path(__file__).parent
 torch.set_num_threads(2)
@@ -399,12 +401,12 @@ def test_models_that_cannot_share_are_noticed(name, capsys):
     assert capsys.readouterr().out == ""                    # said once
 
 
-@pytest.mark.parametrize("name, changes", [("mamba", {}), ("gpt_neo", dict(
+@pytest.mark.parametrize("name, changes", [("mamba", {}), ("bloom", {"n_layer": 2, "n_head": 4}), ("gpt_neo", dict(
     num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=4, max_position_embeddings=160))])
 def test_models_that_cannot_generate_are_refused(name, changes):
-    """A model without an attention cache (Mamba), or whose window goes by column (GPT-Neo), is refused by name, not
-    decoded wrongly."""
-    with pytest.raises(ValueError, match="can't generate"):
+    """A model without an attention cache (Mamba), whose positions come from the mask (BLOOM), or whose window goes by
+    column (GPT-Neo), is refused by name, not decoded wrongly."""
+    with pytest.raises(ValueError, match="ForCausalLM can't generate"):
         generate_segments(tiny(name, **changes), [[5] * 9, [6] * 3], 4, eos_token_id=2)
 
 
@@ -483,6 +485,42 @@ def test_eos_is_scored_when_pad_equals_eos():
     for i, pair in enumerate((short, long)):
         expected = plain_logps(model, pair)
         assert [together[0][i].item(), together[1][i].item()] == pytest.approx([x.item() for x in expected], abs=1e-4)
+
+
+MORE_ARCHITECTURES = {
+    "qwen3": {"head_dim": 8}, "olmo2": {}, "opt": {"word_embed_proj_dim": 32, "ffn_dim": 64}, "falcon": {}, "starcoder2": {"sliding_window": 6},
+    "mixtral": {"num_local_experts": 4}, "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 160},
+    "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 160}, "granite": {},
+}
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if "eager" not in name] + list(MORE_ARCHITECTURES))
+def test_one_iteration_of_any_architecture(name):
+    """A whole iteration of SAPO-ORPO and SAPO-DPO with the model as it comes: segments from the EMA model that differ from
+    B, pairs scored as transformers' own logits score them, gradients for every layer, a policy that moves, an EMA that follows."""
+    model, rng = tiny(name, **MORE_ARCHITECTURES.get(name, {})), np.random.default_rng(0)
+    examples = [Example(random_ids(rng, 5 + i), [*random_ids(rng, 12), 2], i) for i in range(4)]
+    for loss in ("orpo", "dpo"):
+        policy = copy.deepcopy(model)
+        ema, buffer = EMA(policy, update_every=1), ReplayBuffer(8)
+        for pair in make_pairs(ema.model, examples, 5, rng, eos_token_id=2):
+            buffer.add(pair)
+        pairs = buffer.sample(4)
+        assert any(pair.chosen != pair.rejected for pair in pairs)
+        chosen, rejected, nll = pair_logps(policy, pairs, average=loss == "orpo")
+        with torch.no_grad():
+            reference = pair_logps(model, pairs)[:2]
+            plain = [plain_logps(model, pair)[0] for pair in pairs]
+        expected = torch.stack(plain) / torch.tensor([len(pair.chosen) if loss == "orpo" else 1 for pair in pairs])
+        assert torch.allclose(chosen, expected, rtol=1e-3, atol=1e-3)
+        losses, *_ = orpo_loss(chosen, rejected, nll) if loss == "orpo" else dpo_loss(chosen, rejected, *reference)
+        losses.mean().backward()
+        layers = [p for p_name, p in policy.named_parameters() if ".1." in p_name and p.ndim > 1]
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in layers)
+        torch.optim.AdamW(policy.parameters(), 1e-3).step()
+        assert ema.update(policy)
+        moved = [not torch.equal(a, b) and not torch.equal(a, c) for a, b, c in zip(ema.model.parameters(), policy.parameters(), model.parameters())]
+        assert sum(moved) > len(moved) / 2
 
 
 # ----------------------------------------------------------------------------------------------------------- buffer
@@ -621,7 +659,7 @@ def test_ema_interval_buffers_and_state():
     ("--loss sft --buffer_size 1", "buffer_size 1 makes no sense"), ("--rejected data --num_rejected 4", "generate nothing"), ("--iterations 3", "iterations 3 makes no sense"),
     ("--segment_len -1", "segment_len"), ("--buffer_size 8 --batch_size 16", "smaller than"), ("--top_p 1.5", "top_p"),
     ("--lr 1e-5 1e-6", "one value"), ("--max_prompt_len 300", "no room"), ("--batch_size 0", "batch_size"),
-    ("--rejected iteration --steps 3", "less than one step"), ("--model somewhere", "--data is missing"),
+    ("--rejected iteration --steps 3", "less than one step"), ("--compile --shard", "not tried"), ("--model somewhere", "--data is missing"),
 ])
 def test_nonsense_is_refused_with_one_sentence(flags, words):
     """A combination that makes no sense is refused with one sentence that names it."""
@@ -782,6 +820,133 @@ def test_message_rows(row, tokenizer):
         assert tokenizer.decode(found.rejected) == "It is 5.<|im_end|>"
 
 
+# The columns of data sets as the Hub has them, one row each.
+CAPYBARA = {"source": "Airoboros", "conversation": [{"input": "2 + 2?", "output": "It is 4."}], "original_response": "It is 4.",
+            "generation_prompt": ["..."], "raw_generation_responses": ["..."], "new_generations": ["..."], "prompt": "2 + 2?",
+            "chosen": [USER, ANSWER], "rejected": [USER, WRONG], "rating_chosen": 5, "rating_rejected": 4, "chosen_model": "a", "rejected_model": "b"}
+ULTRAFEEDBACK = {"prompt": "2 + 2?", "prompt_id": "ab12", "chosen": [USER, ANSWER], "rejected": [USER, WRONG], "messages": [USER, ANSWER],
+                 "score_chosen": 8.0, "score_rejected": 3.5}
+HH_RLHF = {"chosen": "\n\nHuman: 2 + 2?\n\nAssistant: It is 4.", "rejected": "\n\nHuman: 2 + 2?\n\nAssistant: It is 5."}
+ULTRACHAT = {"prompt": "2 + 2?", "prompt_id": "ab12", "messages": [USER, ANSWER]}
+DEITA = {"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "It is 4."}], "source": "evol", "id": "1"}
+TABLE = {"messages": [USER, ANSWER], "prompt": None, "chosen": None, "rejected": None, "check": None}      # tables fill in what a row lacks
+
+
+@pytest.mark.parametrize("row", [CAPYBARA, ULTRAFEEDBACK, HH_RLHF, ULTRACHAT, DEITA, TABLE])
+def test_shapes_of_the_hub(row, tokenizer):
+    """Rows shaped as Capybara, UltraFeedback-binarized, HH-RLHF, UltraChat and Deita give the prompt, chosen and rejected
+    that their message lists would."""
+    found = Tokenize(tokenizer, 100, 200)(row, "here", 0)
+    expected = Tokenize(tokenizer, 100, 200)({"prompt": [USER], "chosen": [ANSWER], "rejected": [WRONG]}, "here", 0)
+    assert (found.prompt, found.chosen) == (expected.prompt, expected.chosen)
+    assert found.rejected == (expected.rejected if row.get("rejected") else None)
+
+
+def test_hh_rlhf_turns():
+    """HH-RLHF's texts of several turns: the last answer is the response; an answer may hold blank lines."""
+    text = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d\n\ne"
+    prompt, chosen, rejected = split_row({"chosen": text, "rejected": text + "!"}, "here")
+    assert [m["content"] for m in prompt] == ["a", "b", "c"] and [m["role"] for m in prompt] == ["user", "assistant", "user"]
+    assert (chosen, rejected) == ("d\n\ne", "d\n\ne!")
+
+
+@pytest.mark.parametrize("row", [{"id": "0", "data": ["a", "b"]}, {"instruction": "a", "output": "b"}])
+def test_unknown_shapes_say_how_to_convert(row):
+    """UltraChat's raw lists and Alpaca's columns are refused with the columns found and the shape to convert to."""
+    with pytest.raises(UserError, match="convert it to one of these") as error:
+        split_row(row, "here")
+    assert all(name in str(error.value) for name in row)
+
+
+class FakeTable:
+    """What the datasets library gives, as far as read_table asks."""
+    def __init__(self, rows):
+        self.rows, self.column_names = rows, list(rows[0])
+
+    def select_columns(self, names):
+        return FakeTable([{name: row[name] for name in names} for row in self.rows])
+
+    def to_list(self):
+        return self.rows
+
+
+def test_rows_of_the_hub(monkeypatch, tmp_path):
+    """A name that is no file is a data set of the Hub, "train" unless it names a split; columns of no use are not kept;
+    what the library says becomes one sentence, and its absence does too."""
+    calls = []
+
+    def load_dataset(name, split, data_files=None):
+        calls.append((name, split))
+        if name == "no/such":
+            raise RuntimeError("not found\nlong story")
+        return FakeTable([CAPYBARA, CAPYBARA])
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    rows = read_rows("argilla/capybara")
+    assert [where for where, _ in rows] == ["argilla/capybara, row 1", "argilla/capybara, row 2"]
+    assert set(rows[0][1]) == {"prompt", "chosen", "rejected"}
+    read_rows("org/name:train_sft")
+    (tmp_path / "a.parquet").write_bytes(b"")
+    assert len(read_rows(str(tmp_path))) == 2
+    assert calls == [("argilla/capybara", "train"), ("org/name", "train_sft"), ("parquet", "train")]
+    with pytest.raises(UserError, match=r"can't read it \(not found\)"):
+        read_rows("no/such")
+    monkeypatch.setitem(sys.modules, "datasets", None)          # as if it were not installed
+    for name in ("argilla/capybara", str(tmp_path)):
+        with pytest.raises(UserError, match="pip install datasets"):
+            read_rows(name)
+    with pytest.raises(UserError, match="no such file"):
+        read_rows("no/such.jsonl")
+
+
+def test_statistics_look_at_the_pairs_own_rows(tokenizer):
+    """A pair is checked against the row it was made of, whatever rows --rows and the held-out split leave out."""
+    s = parse(["--model", "m", "--data", str(HERE / "data" / "train.jsonl"), "--rows", "100:400", "--chat_template", "chatml"])
+    rows, held = load_data(s, Tokenize(tokenizer, 200, 256, use_rejected=False))
+    assert len(rows) == 294 and len(held) == 6
+    places = (0, 60, 293)
+    wrong = [Pair(rows[i].prompt, rows[i].chosen, rows[i].chosen[3:], 0, rows[i].number) for i in places]
+    spaced = [pair._replace(rejected=[*tokenizer(" ", add_special_tokens=False)["input_ids"], *pair.chosen]) for pair in wrong]
+    assert [row.number for row in map(rows.__getitem__, places)] == [rows.numbered(pair.row).number for pair in wrong]
+    for pairs, worse in ((wrong, 3), (spaced, 0)):
+        assert pair_statistics(pairs, rows, tokenizer, [tokenizer.eos_token_id], 0)["worse"] == (worse, 3)
+
+
+def test_a_row_that_fails_late(tokenizer, tmp_path, monkeypatch):
+    """What only tokenizing tells of a row: of few rows it is found before training, and --skip_bad_rows leaves it out; of
+    more it ends the run when the row's turn comes, with a sentence of its own and status 4."""
+    file = tmp_path / "d.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"q {i}", "chosen": "a"}) + "\n" for i in range(1200)))
+    tokenize = Tokenize(tokenizer, 100, 200, use_rejected=False)
+    plain = tokenize._raw_prompt
+    monkeypatch.setattr(tokenize, "_raw_prompt", lambda text: [] if text == "q 701" else plain(text))
+    flags = ["--model", "m", "--data", str(file), "--eval_rows", "0"]
+    with pytest.raises(UserError, match="line 702: the prompt has no tokens"):
+        load_data(parse(flags), tokenize)
+    assert len(load_data(parse([*flags, "--skip_bad_rows"]), tokenize)[0]) == 1199
+    monkeypatch.setattr(support.rows, "KEPT", 1000)
+    rows, _ = load_data(parse(flags), tokenize)
+    with pytest.raises(RowFailed, match="line 702: the prompt has no tokens") as error:
+        rows[701]
+    assert error.value.status == 4 and len(rows[700].prompt) > 0
+
+
+def test_rows_are_tokenized_when_asked_for(tokenizer, tmp_path):
+    """Of 30,000 rows at most 500 are tokenized before training, and each is checked: a bad one at the end is refused."""
+    file = tmp_path / "d.jsonl"
+    lines = [json.dumps({"prompt": f"q {i}", "chosen": "a"}) for i in range(30_000)]
+    file.write_text("\n".join(lines))
+    tokenize, count = Tokenize(tokenizer, 100, 200, use_rejected=False), [0]
+    monkey = tokenize._raw_prompt
+    tokenize._raw_prompt = lambda text: (count.__setitem__(0, count[0] + 1), monkey(text))[1]
+    rows, held = load_data(parse(["--model", "m", "--data", str(file), "--eval_rows", "20"]), tokenize)
+    assert len(rows) == 30_000 - 200 and len(held) == 20 and count[0] <= 520
+    assert rows.numbered(29_998).prompt == tokenizer("q 29998")["input_ids"]
+    file.write_text("\n".join([*lines, "[1]"]))
+    with pytest.raises(UserError, match="line 30001"):
+        load_data(parse(["--model", "m", "--data", str(file)]), tokenize)
+
+
 def test_string_rows(tokenizer):
     """Strings are raw text, then EOS: no template."""
     found = Tokenize(tokenizer, 100, 200)({"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}, "here", 0)
@@ -919,7 +1084,7 @@ def test_default_segments_have_a_b_and_c():
 def test_demo_has_something_to_learn_from():
     """At the demo's start fewer than 60% of B' equal B, and more than half of the others fail the check."""
     s = parse([])
-    model, tokenizer = load_model(s, "cpu")
+    model, tokenizer = load_model(s, World(2))
     tokenize = Tokenize(tokenizer, s.max_prompt_len, s.max_len, use_rejected=False)
     rows, ends = load_data(s, tokenize)[0], end_token_ids(model, tokenizer, tokenize.turn_end)
     pairs = support.evaluate.write_pairs(s, model, rows, ends, [[row.number] for row in rows], torch.Generator().manual_seed(0), 1)
@@ -1028,7 +1193,7 @@ def weights(folder):
 @pytest.mark.parametrize("flags", ["--rejected ema", "--rejected iteration --iterations 2 --loss dpo", "--loss sft"])
 def test_rejected_column_is_ignored(flags, tiny_run, tmp_path):
     """SAPO, SPIN and SFT never look at the rejected column: with nonsense in its place, or without it, every metric and
-    weight is the same."""
+    weight is the same, but for what is measured on the held-out rows' own pairs."""
     bare = tmp_path / "bare"
     bare.mkdir()
     for name in ("train", "heldout"):
@@ -1040,7 +1205,8 @@ def test_rejected_column_is_ignored(flags, tiny_run, tmp_path):
     with_column = run(tiny_run, tmp_path / "a", *flags.split())
     without = run([*tiny_run, "--data", str(bare / "train.jsonl"), "--eval_data", str(bare / "heldout.jsonl")], tmp_path / "b", *flags.split())
     untimed = [[{k: v for k, v in r.items() if "seconds" not in k and "memory" not in k} for r in records] for records, _ in (with_column, without)]
-    assert untimed[0] == untimed[1] and with_column[1] == without[1]
+    own = {when: {k: v for k, v in result.items() if not k.startswith("data_")} for when, result in with_column[1].items()}
+    assert untimed[0] == untimed[1] and own == without[1]
     assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path / "a").values(), weights(tmp_path / "b").values()))
     assert not torch.equal(next(iter(weights(tmp_path / "a").values())), next(iter(AutoModelForCausalLM.from_pretrained(tiny_run[1]).state_dict().values())))
 
@@ -1248,6 +1414,38 @@ def test_added_template_tokens_are_saved(tmp_path, tiny_run):
     assert sorted(model.generation_config.eos_token_id) == [0, end] and "im_start" in tokenizer.chat_template
 
 
+@pytest.mark.parametrize("changes", [{"tie_word_embeddings": True}, {"vocab_size": 700}, {"pad_token_id": None}])
+def test_embeddings_of_all_kinds(changes, tiny_run, tmp_path):
+    """Tied embeddings stay tied, a vocabulary padded beyond the tokenizer's keeps its size, and a missing pad token is no
+    matter: a whole run, saved and loaded again."""
+    shutil.copytree(tiny_run[1], tmp_path / "model")
+    config = AutoConfig.from_pretrained(tmp_path / "model", **changes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    for loss in ("dpo", "orpo"):
+        records, _ = run([*tiny_run, "--model", str(tmp_path / "model")], tmp_path / loss, "--loss", loss, "--steps", "2")
+        saved = AutoModelForCausalLM.from_pretrained(tmp_path / loss / "final")
+        assert all(math.isfinite(record["loss"]) for record in records)
+        assert saved.get_input_embeddings().num_embeddings == config.vocab_size
+        assert (saved.get_input_embeddings().weight is saved.get_output_embeddings().weight) == config.tie_word_embeddings
+
+
+def test_several_end_tokens(tiny_run, tmp_path):
+    """As with Llama 3: the template ends turns with one token, the tokenizer's EOS is another and the model's generation
+    config knows both. Responses end with the template's; both end generation, in training and in the saved folder."""
+    shutil.copytree(tiny_run[1], tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_run[1])
+    eot = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    eos = next(i for i in range(len(tokenizer)) if i != eot and tokenizer.decode([i]).isalpha())
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos)
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [eos, eot]}))
+    found = Tokenize(AutoTokenizer.from_pretrained(tmp_path / "model"), 100, 200)({"messages": [USER, ANSWER]}, "here", 0)
+    assert found.chosen[-1] == eot and eos not in found.chosen[-2:]
+    run([*tiny_run, "--model", str(tmp_path / "model")], tmp_path / "out", "--steps", "1")
+    saved = json.loads((tmp_path / "out" / "final" / "generation_config.json").read_text())
+    assert sorted(saved["eos_token_id"]) == sorted([eos, eot])
+
+
 def test_odd_model_folders(tiny_run, tmp_path):
     """A generation config that transformers loads but refuses to save costs no run its weights; a tokenizer with ids
     beyond the embedding is refused with a sentence, before any folder is made."""
@@ -1353,6 +1551,62 @@ def test_the_demo(tmp_path):
     assert 0.3 < summary["before"]["exact_match"] < 0.75
     assert summary["after"]["exact_match"] > summary["before"]["exact_match"] + 0.03       # the spread over seeds is below that
     assert "exact_match" in done.stdout
+
+
+# ------------------------------------------------------------------------------------------- among other tools
+
+def test_model_card(tiny_run, tmp_path):
+    """The saved folder says what the model is: base, data, method, settings, the paper; no path of this machine."""
+    run(tiny_run, tmp_path, "--loss", "dpo", "--steps", "1")
+    card = (tmp_path / "final" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name") and "# SAPO-DPO of model" in card and "arxiv.org/abs/2405.20830" in card
+    assert "| segment_len | 6 |" in card and "`train.jsonl`" in card and "moving average" in card and str(tmp_path) not in card
+    s = parse(["--model", "meta-llama/Meta-Llama-3-8B", "--data", "org/rows:train_sft", "--loss", "sft"])
+    assert "base_model: meta-llama/Meta-Llama-3-8B\ndatasets: org/rows\n" in model_card(s, 5) and "Rejected" not in model_card(s, 5)
+
+
+def test_tensorboard(tiny_run, tmp_path, monkeypatch):
+    """--tensorboard writes every value of metrics.jsonl; without the package it is refused with a sentence, before anything."""
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else found(name))
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        parse([*tiny_run, "--tensorboard"])
+    written = []
+    board = types.SimpleNamespace(add_scalar=lambda *record: written.append(record), close=lambda: written.append("closed"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True if name == "tensorboard" else found(name))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=lambda folder, purge_step: board))
+    records, _ = run(tiny_run, tmp_path, "--tensorboard", "--steps", "2")
+    assert written[:-1] == [(name, value, record["step"]) for record in records for name, value in record.items()]
+    assert written[-1] == "closed"
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
+                                   RuntimeError("[enforce fail at alloc_cpu.cpp:1] . DefaultCPUAllocator: can't allocate memory: you tried")])
+def test_out_of_memory_says_what_to_lower(error, tiny_run, tmp_path, monkeypatch, capfd):
+    """Memory that runs out, on a GPU or a CPU, ends the run with status 4 and the flags to lower; no traceback."""
+    monkeypatch.setattr(train, "learn", lambda *a: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(sys, "argv", ["train.py", *tiny_run, "--buffer_size", "8", "--out", str(tmp_path / "out")])
+    assert status_of(forked_main(train.main)) == 4
+    said = capfd.readouterr().err
+    assert "--micro_batch" in said and "--grad_checkpoint" in said and "--shard" in said and "Traceback" not in said
+
+
+MT_BENCH = {"question_id": 81, "category": "writing", "turns": ["Put 12 at the end.", "Now sort it."]}
+
+
+def test_answer_files(tiny_run, tmp_path):
+    """bench/answers.py writes what FastChat's and AlpacaEval's judges read: both turns of each question; one output each."""
+    for bench, question in (("mt-bench", [MT_BENCH, MT_BENCH | {"question_id": 82, "category": "math"}]), ("alpaca-eval", [{"instruction": "Sort 3 1 2.", "dataset": "d"}])):
+        (tmp_path / f"{bench}.jsonl").write_text("".join(json.dumps(q) + "\n" for q in question))
+        done = subprocess.run([sys.executable, str(HERE / "bench" / "answers.py"), bench, tiny_run[1], str(tmp_path / f"{bench}.jsonl"),
+                               str(tmp_path / "new" / f"{bench}-tiny.json"), "--max_new_tokens", "5"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "new" / "mt-bench-tiny.json").open()]
+    assert [line["question_id"] for line in lines] == [81, 82] and all(line["model_id"] == "mt-bench-tiny" for line in lines)
+    assert all(len(line["choices"][0]["turns"]) == 2 and line["choices"][0]["index"] == 0 and line["answer_id"] for line in lines)
+    answer, = json.loads((tmp_path / "new" / "alpaca-eval-tiny.json").read_text())
+    assert answer["instruction"] == "Sort 3 1 2." and answer["generator"] == "alpaca-eval-tiny" and answer["dataset"] == "d"
+    assert isinstance(answer["output"], str)
 
 
 # ------------------------------------------------------------------------------------------ never losing a run

@@ -28,13 +28,13 @@ from losses import dpo_loss, orpo_loss
 from sapo import Pair, check_generation, pair_logps, probe
 from support.checkpoint import changed, finished, newest, new_run_folder, read_checkpoint, take_up, to_go_on_from, write_checkpoint
 from support.evaluate import Evaluation, batches, column_pair, write_pairs
-from support.models import check_ids, checkpoint_layers, end_token_ids, load_model, save_model
-from support.parallel import Stop, World, leave, lost_process
+from support.models import check_ids, checkpoint_layers, end_token_ids, load_model, model_card, save_model
+from support.parallel import Stop, World, leave, lost_process, out_of_memory
 from support.plan import plan
 from support.report import Clock, Report, buffer_statistics, header, pair_statistics, peak_memory_mib
 from support.rows import Tokenize, load_data
 from support.shard import Whole
-from support.settings import RunFailed, Settings, Stopped, UserError, as_saved, parse, run_folder
+from support.settings import RowFailed, RunFailed, Settings, Stopped, UserError, as_saved, parse, run_folder
 
 ORDER, REWRITE, ANSWER, DRAW = 1, 2, 3, 4       # random streams, so that no two uses of one seed share their numbers
 
@@ -213,9 +213,9 @@ def train(s: Settings, stop: Stop | None = None) -> None:
     if s.resume and world.on_main(lambda: finished(s)):
         return world.say(f"{run_folder(s.resume)} had finished: there is nothing left to do")
     other = changed(s) if s.resume else {}
-    start, tokenizer = load_model(s, world)
+    start, tokenizer = world.alike(lambda: load_model(s, world))
     tokenize = Tokenize(tokenizer, s.max_prompt_len, s.max_len, use_rejected=s.rejected == "data" and s.loss != "sft")
-    rows, held = load_data(s, tokenize, world.say)
+    rows, held = world.alike(lambda: load_data(s, tokenize, world.say))
     check_ids(start, tokenizer, itertools.chain(rows, held), s)
     ends = world.on_main(lambda: end_token_ids(start, tokenizer, tokenize.turn_end))
     per_iteration = math.ceil(s.epochs * len(rows) / s.batch_size)
@@ -256,7 +256,7 @@ def train(s: Settings, stop: Stop | None = None) -> None:
     if s.resume:
         world.say(world.on_main(lambda: take_up(s, done, other)))
     report = Report(asked, world, folder, steps, done)
-    report.say(header(s, world, policy, rows, held, steps, folder))
+    report.say(header(s, world, start, rows, held, steps, folder))
     tally["before"] = tally["before"] or evaluate(policy)
 
     stop.training = True
@@ -327,7 +327,7 @@ def train(s: Settings, stop: Stop | None = None) -> None:
 
     report.close()
     trained = world.take_back(start, policy)
-    world.on_main(lambda: save_model(trained, tokenizer, ends, folder / "final"))
+    world.on_main(lambda: save_model(trained, tokenizer, ends, folder / "final", model_card(s, steps)))
     report.summary(tally["before"], evaluate(policy))
 
 
@@ -346,16 +346,24 @@ def main() -> None:
             train(settings, stop)
         elif on_main():
             print(plan(settings, int(os.environ.get("WORLD_SIZE", 1))))
+    except RowFailed as error:
+        say_error(error, error.status, on_all=True)
+        os._exit(error.status)              # the others did not meet it and wait; torchrun ends them
     except UserError as error:
         status = say_error(error, error.status)
     except KeyboardInterrupt as error:
         status = say_error(error, Stopped.status)
     except OSError as error:
         status = say_error(f"{error.filename or 'the output folder'}: {error.strerror or error}", RunFailed.status)
-    except RuntimeError as error:
-        if not lost_process(error):
+    except (RuntimeError, MemoryError) as error:
+        if out_of_memory(error):
+            say_error("out of memory; lower --micro_batch (scoring) or --generate_batch (generating), pass --grad_checkpoint or --dtype bf16, "
+                      "with several GPUs --shard; --dry_run tells beforehand what is needed", RunFailed.status, on_all=True)
+        elif lost_process(error):
+            say_error("another process of this run is gone; go on from the last checkpoint with --resume", RunFailed.status, on_all=True)
+        else:
             raise
-        say_error("another process of this run is gone; go on from the last checkpoint with --resume", RunFailed.status, on_all=True)
+        sys.stdout.flush()
         os._exit(RunFailed.status)          # leaving in good order would wait for the others
     finally:
         stop.restore()

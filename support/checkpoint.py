@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 
 from sapo import Pair
-from support.parallel import lost_process
+from support.parallel import lost_process, out_of_memory
 from support.report import write_json, write_whole
 from support.shard import own_share, whole_state
-from support.settings import RunFailed, Settings, UserError, changes, located, run_folder, say_changes
+from support.settings import RunFailed, Settings, UserError, changes, error_text, located, run_folder, say_changes
 
 MANIFEST = "manifest.json"
-OWN_NAMES = ("metrics.jsonl", "settings.json", "summary.json", "checkpoints", "final")      # what a run puts into its folder
+OWN_NAMES = ("metrics.jsonl", "settings.json", "summary.json", "checkpoints", "tensorboard", "final")      # what a run puts into its folder
 
 
 def new_run_folder(settings: Settings) -> Path:
@@ -66,7 +66,7 @@ def write_checkpoint(run: Path, step: int, world, shared: dict, own: dict, tally
         hashes = {name: digest for part in parts for name, digest in part.items()}
         world.on_main(lambda: finish(partial, final, {"step": step, "processes": world.size, "sha256": hashes}, keep))
     except (OSError, RuntimeError) as error:        # RuntimeError: what torch.save makes of a write that failed
-        if lost_process(error):
+        if lost_process(error) or out_of_memory(error):
             raise
         if world.is_main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -163,6 +163,8 @@ def read_checkpoint(checkpoint: Path, world, shared: dict, own: dict) -> tuple[i
             if part is not None:
                 part.load_state_dict(read[1][name], **({"item": Pair} if name == "buffer" else {}))
     except (RuntimeError, ValueError, KeyError) as error:
+        if out_of_memory(error):
+            raise
         raise UserError(f"{checkpoint}: does not fit this model and these settings ({error_text(error)})") from None
     return read[0]["step"], read[0]["tally"]
 
@@ -233,7 +235,3 @@ def trim_metrics(path: Path, step: int) -> None:
             break
         kept.append(line)
     write_whole(path, b"".join(kept))
-
-
-def error_text(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error).strip().split("\n")[0] or type(error).__name__

@@ -1,5 +1,6 @@
 """Models and tokenizers in from a folder or the hub, out to an ordinary Hugging Face folder."""
 import contextlib
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -7,9 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from support.checkpoint import error_text
 from support.rows import CHATML, VICUNA
-from support.settings import RunFailed, Settings, UserError, located
+from support.settings import RunFailed, Settings, UserError, error_text, located, method
 
 
 def load_model(settings: Settings, world):
@@ -85,15 +85,36 @@ def end_token_ids(model, tokenizer, turn_end: int) -> list[int]:
     return sorted(i for i in ids if i < model.get_input_embeddings().num_embeddings)
 
 
-def save_model(model, tokenizer, ends: list[int], folder: Path) -> None:
-    """Write an ordinary Hugging Face folder: weights, tokenizer, chat template, every end token for generation. It gets
-    its name when it is whole. Raises RunFailed where it can't be written."""
+def model_card(settings: Settings, steps: int) -> str:
+    """README.md of the saved folder: where the model comes from, what was done to it, with which settings."""
+    def public(name):       # a hub name; of a path, which says nothing elsewhere and may say too much, the last part
+        return Path(name).name if located(name).exists() else name
+
+    shown = {name: public(value) if name in ("model", "data", "eval_data") else value for name, value in dataclasses.asdict(settings).items()
+             if value is not None and name not in ("out", "resume", "overwrite") and not name.startswith("plan_")}
+    written = {"ema": "an exponential moving average of the model itself rewrote a segment of each chosen response",
+               "policy": "the model itself rewrote a segment of each chosen response",
+               "iteration": "the model of each iteration's start answered every prompt", "data": "those of the data"}[settings.rejected]
+    front = [f"{key}: {name}" for key, name in (("base_model", settings.model), ("datasets", settings.data.partition(":")[0]))
+             if not located(name).exists()]
+    return "\n".join([
+        "---", *front, "library_name: transformers", "pipeline_tag: text-generation", "---", f"# {method(settings)} of {shown['model']}", "",
+        f"`{shown['model']}` trained on `{shown['data']}` with {method(settings)}, {steps} optimizer steps of {settings.batch_size} prompts.",
+        *([f"Rejected responses: {written}."] if settings.loss != "sft" else []), "",
+        "From the reference code for Self-Augmented Preference Optimization, https://arxiv.org/abs/2405.20830.", "",
+        "| setting | value |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in shown.items()), ""])
+
+
+def save_model(model, tokenizer, ends: list[int], folder: Path, card: str) -> None:
+    """Write an ordinary Hugging Face folder: weights, tokenizer, chat template, every end token for generation, model card.
+    It gets its name when it is whole. Raises RunFailed where it can't be written."""
     partial = folder.with_suffix(".partial")
     model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
     try:
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     except Exception as error:          # each format has its own way of saying that the disk is full

@@ -1,6 +1,7 @@
 """Several processes: started by torchrun, one a device, each with its share of every batch (DDP, or FSDP2 with --shard)."""
 import contextlib
 import copy
+import datetime
 import gc
 import os
 import signal
@@ -26,10 +27,10 @@ class World:
             torch.cuda.set_device(self.device)
         else:
             self.device = torch.device("mps" if torch.backends.mps.is_available() and self.size == 1 else "cpu")
-            # torchrun sets one thread a process, which leaves the other cores idle.
-            torch.set_num_threads(threads or max(1, cores() // local_size))
-        if self.size > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        # torchrun sets one thread a process, which leaves the other cores idle.
+        torch.set_num_threads(threads or max(1, cores() // local_size))
+        if self.size > 1:       # others wait while rank 0 loads, hashes or saves a large model; torchrun sees to those that died
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
 
     @property
     def is_main(self) -> bool:
@@ -46,7 +47,8 @@ class World:
 
     def copy(self, start):
         """A frozen copy of the model that was loaded."""
-        return self.place(start if self.sharded else copy.deepcopy(start)).requires_grad_(False)
+        found = sharded_copy(start, self.device, self.dtype, frozen=True) if self.sharded else copy.deepcopy(start)
+        return found.requires_grad_(False)
 
     def take_back(self, start, policy):
         """`start` with the weights of the trained model: whole, on rank 0. All processes together."""
@@ -107,6 +109,12 @@ class World:
                 raise error
         return [result for result, _ in found]
 
+    def alike(self, function):
+        """What function() gives here; an error that it raises on one process is raised on every one."""
+        found = []
+        self.everywhere(lambda: found.append(function()))
+        return found[0]
+
     def on_main(self, function):
         """What function() gives on rank 0, on every rank, errors included."""
         return self.everywhere(lambda: function() if self.is_main else None)[0]
@@ -145,6 +153,12 @@ class Stop:
 def lost_process(error: Exception) -> bool:
     """Does an error of torch.distributed say that another process is gone?"""
     return dist.is_initialized() and any(word in str(error).lower() for word in ("gloo", "nccl", "connection", "peer", "socket"))
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Does an error say that memory ran out? Each device has its own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or isinstance(error, RuntimeError) and any(
+        words in str(error).lower() for words in ("out of memory", "can't allocate memory"))
 
 
 def leave() -> None:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sapo import LOGITS_AT_ONCE, Pair, pair_logps
 from support.read import read_rows
 from support.rows import held_out_every, selected
-from support.settings import Settings, UserError, located
+from support.settings import Settings, UserError, error_text, located, method
 
 GIB = 2 ** 30
 
@@ -27,17 +27,22 @@ def plan(s: Settings, processes: int) -> str:
     processes = s.plan_processes or processes
     config = read_config(s)
     s.max_len = min(s.max_len, getattr(config.get_text_config(), "max_position_embeddings", None) or s.max_len)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if s.dtype == "bf16" else torch.float32).eval()
     rows, where = count_rows(s)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if s.dtype == "bf16" else torch.float32,
+                                                     trust_remote_code=s.trust_remote_code).eval()
+        by_part, peak = memory(s, model, processes)
+    except Exception as error:          # no causal model, or one whose Python needs more than shapes
+        raise UserError(f"--dry_run: {config.model_type}: its training step can't be built without weights ({error_text(error)})") from None
     held = 0 if s.eval_data or not s.eval_rows else rows // held_out_every(rows)
     steps = s.steps or math.ceil(s.epochs * (rows - held) / s.batch_size) * s.iterations
-    scored = s.batch_size * (s.max_len if s.loss == "sft" else 2 * s.max_len)
+    generates = s.loss != "sft" and s.rejected != "data"
+    scored = s.batch_size * (s.num_rejected if generates and not s.buffer_size else 1) * (s.max_len if s.loss == "sft" else 2 * s.max_len)
     new = min(s.segment_len or s.max_new_tokens, s.max_len) * s.num_rejected
     written = {"data": 0, "iteration": s.iterations * (rows - held) * new}.get(s.rejected, steps * s.batch_size * new) * (s.loss != "sft")
-    by_part, peak = memory(s, model, processes)
     parameters = sum(p.numel() for p in model.parameters())
-    lines = [f"dry run: {s.loss} on pairs from '{s.rejected}'" if s.loss != "sft" else "dry run: sft",
+    lines = [f"dry run: {method(s)}",
              f"  model     {s.model}: {type(model).__name__}, {parameters / 1e6:.2f} M parameters",
              f"  data      {s.data}: {rows} rows{where}, {held} of them held out",
              f"  steps     {steps} of {s.batch_size} prompts" + (f", in {s.iterations} iterations" if s.iterations > 1 else ""),
@@ -53,12 +58,12 @@ def read_config(s: Settings):
         return AutoConfig.from_pretrained(name, trust_remote_code=s.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         flag = f"--plan_config {s.plan_config}" if s.plan_config else f"--model {s.model}"
-        raise UserError(f"{flag}: no model's shape there ({str(error).strip().splitlines()[0]}); --plan_config takes a config.json") from None
+        raise UserError(f"{flag}: no model's shape there ({error_text(error)}); --plan_config takes a config.json") from None
 
 
 def count_rows(s: Settings) -> tuple[int, str]:
     if s.plan_rows and not located(s.data).exists():
-        return s.plan_rows, " (by --plan_rows)"
+        return len(selected(s.rows, s.data, range(s.plan_rows))), " (by --plan_rows)"
     return len(selected(s.rows, s.data, read_rows(s.data))), ""
 
 

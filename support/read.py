@@ -9,7 +9,7 @@ import json
 import re
 from pathlib import Path
 
-from support.settings import UserError, located
+from support.settings import UserError, error_text, located
 
 LARGEST_ROW = 2_000_000         # bytes; tokenizing what is larger takes minutes, to keep a few thousand tokens of it
 COLUMNS = ("messages", "prompt", "chosen", "rejected", "completion", "conversations", "check")      # those that are looked at
@@ -87,7 +87,7 @@ def read_table(source: str | Path) -> list[tuple[str, dict]]:
         else:
             table = datasets.load_dataset(name, split=split or "train")
     except Exception as error:          # no such data set or split, no network, gated, damaged: each has its own
-        raise UserError(f"{source}: the datasets library can't read it ({str(error).strip().splitlines()[0]}); "
+        raise UserError(f"{source}: the datasets library can't read it ({error_text(error)}); "
                         "a split is named as in org/name:train_sft") from None
     known = [column for column in table.column_names if column in COLUMNS]
     table = table.select_columns(known) if set(known) - {"prompt", "check"} else table      # what else there is would fill the memory
@@ -102,7 +102,7 @@ def split_row(row: dict, where: str):
     """
     def as_messages(value):
         """ShareGPT's turns and HH-RLHF's text as messages; anything else as it is."""
-        if isinstance(value, list) and all(isinstance(turn, dict) and "from" in turn for turn in value):
+        if isinstance(value, list) and all(isinstance(turn, dict) and isinstance(turn.get("from"), str) for turn in value):
             return [{"role": ROLES.get(turn["from"], turn["from"]), "content": turn.get("value")} for turn in value]
         if isinstance(value, str) and "prompt" not in row and value.startswith("\n\nHuman:"):
             texts = re.split(r"\n\n(Human|Assistant): ?", value)[1:]

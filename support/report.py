@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from support.rows import passes
+from support.settings import method
 
 
 class Report:
@@ -22,7 +23,10 @@ class Report:
         self.world, self.folder = world, folder
         self.bar = tqdm(total=steps, initial=done, unit="step", disable=not world.is_main, dynamic_ncols=True,
                         mininterval=0.5 if sys.stderr.isatty() else 15)         # a log file wants fewer lines
-        self.file = None
+        self.file = self.board = None
+        if world.is_main and settings["tensorboard"]:
+            from torch.utils.tensorboard import SummaryWriter       # not a requirement
+            self.board = SummaryWriter(folder / "tensorboard", purge_step=done + 1)     # a resumed run writes these again
         if world.is_main:
             self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8")
             write_json(folder / "settings.json", settings)
@@ -37,6 +41,8 @@ class Report:
         if self.world.is_main:
             self.file.write(json.dumps({name: value if math.isfinite(value) else None for name, value in record.items()}) + "\n")
             self.file.flush()
+            for name, value in record.items() if self.board else ():
+                self.board.add_scalar(name, value, record["step"])
             self.bar.set_postfix_str(f"loss {record['loss']:.4f}", refresh=False)
             self.bar.update()
 
@@ -55,8 +61,9 @@ class Report:
 
     def close(self) -> None:
         self.bar.close()
-        if self.file:
-            self.file.close()
+        for file in (self.file, self.board):
+            if file:
+                file.close()
 
     def summary(self, before: dict[str, float], after: dict[str, float]) -> None:
         """Held-out results before and after, as a table and as summary.json, and where everything is."""
@@ -91,8 +98,8 @@ def printable(text: str) -> str:
 
 def pair_statistics(pairs, rows, tokenizer, ends: list[int], segment_len: int) -> dict[str, tuple[float, int]]:
     """Of a batch of new pairs, (sum, count) each: identical (B' = B), ended (B' holds an end token), and worse: of the
-    pairs that differ and carry a check, those whose rejected response fails it. rows: row number -> Row."""
-    different = [(pair, rows[pair.row]) for pair in pairs if pair.chosen != pair.rejected]
+    pairs that differ and carry a check, those whose rejected response fails it. rows: the rows they were made of."""
+    different = [(pair, rows.numbered(pair.row)) for pair in pairs if pair.chosen != pair.rejected]
     checked = [(pair, row) for pair, row in different if row.check]
     texts = tokenizer.batch_decode([pair.rejected for pair, _ in checked], skip_special_tokens=True)
     worse = sum(not passes(row.check, text, row.chosen_text) for (_, row), text in zip(checked, texts))
@@ -136,8 +143,7 @@ def peak_memory_mib(device) -> float:
 def header(settings, world, model, rows, held, steps: int, folder: Path) -> str:
     """What goes into the run: model, data, machine, and every setting."""
     lengths = [len(row.prompt) + len(row.chosen) for row in rows.some()]
-    lines = [f"SAPO: {settings.loss} on pairs from '{settings.rejected}', {steps} steps of {settings.batch_size} prompts"
-             if settings.loss != "sft" else f"SFT: {steps} steps of {settings.batch_size} responses",
+    lines = [f"{method(settings)}: {steps} steps of {settings.batch_size} prompts",
              f"  model     {settings.model}: {type(model).__name__}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters",
              f"  data      {settings.data}: {len(rows)} rows of about {sum(lengths) / len(lengths):.0f} tokens; {len(held)} held out",
              f"  machine   {world.size} x {world.device.type}" + (f", {torch.get_num_threads()} threads each" if world.device.type == "cpu" else ""),

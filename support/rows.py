@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from support.read import read_rows, split_row
-from support.settings import UserError
+from support.settings import RowFailed, UserError
 
 KEPT = 20_000           # tokenized rows kept; others are tokenized anew when their turn comes again
 
@@ -152,20 +152,22 @@ class Tokenize:
 
 
 class Source(NamedTuple):
-    """A row as it was read: its number in the data, where it stands, its content, and a checksum of its prompt."""
+    """A row as it was read: its number in the data, where it stands, its content, a checksum of its prompt; and, of few
+    rows, what it was tokenized to."""
     number: int
     where: str
     content: dict
     prompt: int
+    row: Row | None
 
 
 class Rows(Sequence):
-    """Rows that are tokenized when they are asked for: of 200,000, tokenizing all would take many minutes at the start."""
+    """Rows that are tokenized when they are asked for, where they are many: all of 200,000 would take many minutes."""
 
     def __init__(self, sources: list[Source], tokenize: Tokenize):
         self.sources, self.tokenize = sources, tokenize
         self.places = {source.number: place for place, source in enumerate(sources)}
-        self._row = functools.lru_cache(KEPT)(lambda place: tokenize(sources[place].content, sources[place].where, sources[place].number))
+        self._row = functools.lru_cache(KEPT)(self._tokenized)
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -174,6 +176,13 @@ class Rows(Sequence):
         if not 0 <= place < len(self):
             raise IndexError(place)
         return self._row(place)
+
+    def _tokenized(self, place: int) -> Row:
+        source = self.sources[place]
+        try:
+            return source.row or self.tokenize(source.content, source.where, source.number)
+        except UserError as error:
+            raise RowFailed(f"{error}; leave this row out of the data, or go on from the last checkpoint with it put right") from None
 
     def numbered(self, number: int) -> Row:
         """The row with this number in the data."""
@@ -236,14 +245,14 @@ def with_rejected(tokenize: Tokenize, source: Source) -> Row:
 
 
 def usable(path: str, numbered: list, tokenize: Tokenize, skip_bad_rows: bool, say) -> list[Source]:
-    """The rows that can be used."""
-    sources, bad = [], []
+    """The rows that can be used. Up to KEPT of them are tokenized here; of more, what tokenizing alone would tell comes late."""
+    sources, bad, few = [], [], len(numbered) <= KEPT
     for number, (where, row) in numbered:
         try:
             prompt, _, rejected = tokenize.check(row, where)
             if tokenize.use_rejected and rejected is None:
                 raise UserError(f"{where}: no `rejected` response, which --rejected data needs in every row")
-            sources.append(Source(number, where, row, zlib.crc32(str(prompt).encode())))
+            sources.append(Source(number, where, row, zlib.crc32(str(prompt).encode()), tokenize(row, where, number) if few else None))
         except UserError as error:
             if not skip_bad_rows:
                 raise

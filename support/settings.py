@@ -1,6 +1,7 @@
 """The settings of a run: one dataclass, the command line built from it, and what makes no sense together."""
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -15,6 +16,11 @@ DEMO = REPOSITORY / "recipes" / "demo.txt"
 class UserError(Exception):
     """Something the user can put right: one sentence that says what and how. train.py prints it and exits with `status`."""
     status = 2
+
+
+class RowFailed(UserError):
+    """A row that proves unusable when its turn comes, on one process alone."""
+    status = 4
 
 
 class Stopped(UserError):
@@ -37,7 +43,7 @@ class Settings:
     """Every setting of train.py. None means that the value depends on others and is worked out by `resolve`."""
     # what goes in and out
     model: str = setting(None, "folder or hub name of the model to start from (none: the demo, recipes/demo.txt)")
-    data: str = setting(None, "training rows: a .jsonl or .json file, or a folder of them")
+    data: str = setting(None, "training rows: a .jsonl, .json or .parquet file, a folder of them, or a data set of the Hub as name or name:split")
     rows: str = setting(None, "which rows of --data to use, as FROM:TO, the first being 0 (none: all)")
     eval_data: str = setting(None, "held-out rows (none: a fixed 2%% of the data, at most 200 rows, is held out)")
     skip_bad_rows: bool = setting(False, "leave out rows that can't be used, and say how many, instead of stopping at the first")
@@ -95,6 +101,7 @@ class Settings:
     eval_every: int = setting(0, "steps between evaluations besides those at the start and the end; 0: none between")
     eval_rows: int = setting(500, "most held-out rows used; 0: no evaluation, and all rows are trained on")
     print_every: int = setting(50, "steps between printed pairs; 0: never")
+    tensorboard: bool = setting(False, "write what metrics.jsonl gets for TensorBoard too, into the output folder (needs the tensorboard package)")
     # surviving
     save_every: int = setting(0, "steps between checkpoints; 0: only when a signal ends the run")
     keep: int = setting(2, "checkpoints kept, the newest ones")
@@ -130,7 +137,7 @@ def parse(argv: list[str]) -> Settings:
 
 
 # What a resumed run may do otherwise than before. Everything else decides what the run is.
-CHANGEABLE = {"out", "overwrite", "resume", "save_every", "keep", "max_bad_steps", "threads", "eval_every", "print_every", "compile",
+CHANGEABLE = {"out", "overwrite", "resume", "save_every", "keep", "max_bad_steps", "threads", "eval_every", "print_every", "tensorboard", "compile",
               "grad_checkpoint", "shard", "micro_batch", "generate_batch", "steps", "epochs", "lr", "schedule", "warmup", "max_grad_norm",
               "trust_remote_code", "dry_run", "plan_config", "plan_rows", "plan_processes", "beta", "lam", "label_smoothing", "temperature", "top_k", "top_p", "ema_decay", "ema_every", "ref_every"}
 
@@ -183,6 +190,12 @@ def say_changes(found: dict[str, tuple]) -> str:
     return ", ".join(f"--{name} {now} (was {then})" for name, (then, now) in found.items())
 
 
+def method(s: Settings) -> str:
+    """What a run is called: "SAPO-ORPO", "SPIN-DPO", "on-policy DPO", "ORPO", "SFT"."""
+    by = {"ema": "SAPO-", "policy": "on-policy ", "iteration": "SPIN-", "data": ""}
+    return "SFT" if s.loss == "sft" else by[s.rejected] + s.loss.upper()
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train.py", usage="train.py [@FILE] [--FLAG VALUE ...]", fromfile_prefix_chars="@", allow_abbrev=False, argument_default=argparse.SUPPRESS,
@@ -216,7 +229,6 @@ def resolve(s: Settings, explicit: set[str]) -> Settings:
     refuse("num_rejected", not generates and s.num_rejected > 1, "--loss sft or --rejected data, which generate nothing")
     refuse("iterations", s.rejected != "iteration" and s.iterations != 1, "anything but --rejected iteration (SPIN)")
     refuse("ref", s.loss != "dpo", f"--loss {s.loss}, which needs no reference model")
-    refuse("compile", s.shard, "--shard, which it was not tried with")
     refuse("ref", s.rejected == "iteration", "--rejected iteration (SPIN): the reference is the policy of the iteration's start")
 
     if s.rejected == "iteration" and "segment_len" not in explicit:
@@ -270,11 +282,20 @@ def check_ranges(s: Settings) -> None:
         raise UserError(f"--rows takes FROM:TO, such as 0:2500 or 2500:, not {s.rows}")
     if s.keep < 2:
         raise UserError(f"--keep must be at least 2, not {s.keep}: with one, a damaged file would be the end of the run")
+    if s.compile and s.shard:
+        raise UserError("--compile makes no sense with --shard, which it was not tried with")
+    if s.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--tensorboard needs the tensorboard package: pip install tensorboard")
     if s.data is None:
-        raise UserError("--data is missing: name a .jsonl or .json file, or a folder of them")
+        raise UserError("--data is missing: name a .jsonl, .json or .parquet file, a folder of them, or a data set of the Hub")
 
 
 def located(path: str) -> Path:
     """A path as given, or, where there is nothing, the same path beside train.py: recipes work from any folder."""
     here, there = Path(path), REPOSITORY / path
     return there if not here.exists() and there.exists() else here
+
+
+def error_text(error: BaseException) -> str:
+    """The first line of what an error of another library says."""
+    return getattr(error, "strerror", None) or str(error).strip().split("\n")[0] or type(error).__name__

@@ -24,9 +24,10 @@ def hull(model, device="meta", dtype=None):
     return copy.deepcopy(model, empty)
 
 
-def sharded_copy(model, device, dtype: str):
+def sharded_copy(model, device, dtype: str, frozen: bool = False):
     """A copy of a model, cut up among the processes. model: whole on rank 0, anything of the same shapes on the others.
-    dtype: "bf16" gathers and computes in bf16, from fp32 shares and to fp32 gradients; autocast would keep what it casts.
+    dtype: "bf16" gathers and computes in bf16, from fp32 shares and to fp32 gradients; autocast would keep what it casts. frozen: no
+    backward pass will follow, for which what lies outside the layers would be kept gathered.
 
     The layers are gathered one at a time while the copy scores; what lies outside of them during all of its `score`,
     pair_logps as a method, because FSDP gathers around the calls of a module's own methods.
@@ -36,7 +37,7 @@ def sharded_copy(model, device, dtype: str):
     for layer in found.modules():
         if isinstance(layer, GradientCheckpointingLayer):       # what transformers builds every decoder layer on
             fully_shard(layer, mesh=mesh, mp_policy=precision)
-    fully_shard(found, mesh=mesh, mp_policy=precision)
+    fully_shard(found, mesh=mesh, mp_policy=precision, reshard_after_forward=True if frozen else None)
     found.to_empty(device=device)
     with torch.no_grad():
         for mine, whole in zip(found.parameters(), model.parameters()):
