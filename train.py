@@ -255,7 +255,7 @@ def train(s: Settings, stop: Stop | None = None) -> None:
     folder = run_folder(s.resume) if s.resume else world.on_main(lambda: new_run_folder(s))
     if s.resume:
         world.say(world.on_main(lambda: take_up(s, done, other)))
-    report = Report(asked, world, folder, steps, done)
+    report = Report(asked, world, folder, steps, done, s.tensorboard)
     report.say(header(s, world, start, rows, held, steps, folder))
     tally["before"] = tally["before"] or evaluate(policy)
 

@@ -18,13 +18,13 @@ from support.settings import method
 class Report:
     """Header, progress line, metrics.jsonl, printed pairs and the closing table; silent but on rank 0."""
 
-    def __init__(self, settings: dict, world, folder: Path, steps: int, done: int = 0):
+    def __init__(self, settings: dict, world, folder: Path, steps: int, done: int = 0, tensorboard: bool = False):
         """settings: as they were asked for, for settings.json. done: steps already taken, by the run that is resumed."""
         self.world, self.folder = world, folder
         self.bar = tqdm(total=steps, initial=done, unit="step", disable=not world.is_main, dynamic_ncols=True,
                         mininterval=0.5 if sys.stderr.isatty() else 15)         # a log file wants fewer lines
         self.file = self.board = None
-        if world.is_main and settings["tensorboard"]:
+        if world.is_main and tensorboard:
             from torch.utils.tensorboard import SummaryWriter       # not a requirement
             self.board = SummaryWriter(folder / "tensorboard", purge_step=done + 1)     # a resumed run writes these again
         if world.is_main:
