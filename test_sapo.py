@@ -1314,7 +1314,7 @@ def test_ema_reference_follows_the_ema(tiny_run, tmp_path, monkeypatch):
     seen = []
     learn = train.learn
     def watch(s, world, scorer, reference, *rest):
-        seen.append((copy.deepcopy(reference.state_dict()), copy.deepcopy(scorer.policy.state_dict())))
+        seen.append((copy.deepcopy(reference.policy.state_dict()), copy.deepcopy(scorer.policy.state_dict())))
         return learn(s, world, scorer, reference, *rest)
     monkeypatch.setattr(train, "learn", watch)
     emas = []
