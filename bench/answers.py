@@ -3,9 +3,9 @@
     python bench/answers.py mt-bench MODEL question.jsonl data/mt_bench/model_answer/NAME.jsonl
     python bench/answers.py alpaca-eval MODEL alpaca_eval.json outputs.json
 
-MODEL: a folder or hub name with a chat template; the judges know it by the name of the answer file. question.jsonl: FastChat's 80 questions of two turns. alpaca_eval.json: a
-JSON list (or lines) with an `instruction` each. MT-Bench's temperatures go by category, as FastChat has them; AlpacaEval's
-answers are greedy. --max_new_tokens N (1024 and 2048), --batch N (8), --limit N (all).
+MODEL: a folder or hub name with a chat template; the judges know it by the name of the answer file. question.jsonl:
+FastChat's 80 questions of two turns. alpaca_eval.json: a JSON list (or lines) with an `instruction` each. MT-Bench's
+temperatures go by category, as FastChat has them; AlpacaEval's answers are greedy. --max_new_tokens N (1024 and 2048), --batch N (8), --limit N (all).
 """
 import argparse
 import json
@@ -29,10 +29,10 @@ def answer(model, tokenizer, conversations: list[list[dict]], temperatures: list
     ids = [tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False) for turns in conversations]
     order = sorted(range(len(ids)), key=lambda i: (temperatures[i], len(ids[i])))
     answers, positions = {}, getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    new = min(max_new_tokens, positions // 2)
     while order:
         together = [i for i in order[:batch] if temperatures[i] == temperatures[order[0]]]
         order = order[len(together):]
-        new = min(max_new_tokens, positions // 2)
         prefixes = [ids[i][-(positions - new):] for i in together]
         found = generate_segments(model, prefixes, new, eos_token_id=ends, temperature=temperatures[together[0]], top_k=0,
                                   top_p=1.0, generator=torch.Generator(model.device).manual_seed(together[0]))

@@ -40,7 +40,8 @@ def plan(s: Settings, processes: int) -> str:
     generates = s.loss != "sft" and s.rejected != "data"
     scored = s.batch_size * (s.num_rejected if generates and not s.buffer_size else 1) * (s.max_len if s.loss == "sft" else 2 * s.max_len)
     new = min(s.segment_len or s.max_new_tokens, s.max_len) * s.num_rejected
-    written = {"data": 0, "iteration": s.iterations * (rows - held) * new}.get(s.rejected, steps * s.batch_size * new) * (s.loss != "sft")
+    answered = s.iterations * (rows - held) if s.rejected == "iteration" else steps * s.batch_size
+    written = answered * new if generates else 0
     parameters = sum(p.numel() for p in model.parameters())
     lines = [f"dry run: {method(s)}",
              f"  model     {s.model}: {type(model).__name__}, {parameters / 1e6:.2f} M parameters",

@@ -241,7 +241,7 @@ def with_rejected(tokenize: Tokenize, source: Source) -> Row:
     try:
         return tokenize(source.content, source.where, source.number, use_rejected=True)
     except UserError:
-        return tokenize(source.content, source.where, source.number)
+        return source.row or tokenize(source.content, source.where, source.number)
 
 
 def usable(path: str, numbered: list, tokenize: Tokenize, skip_bad_rows: bool, say) -> list[Source]:
