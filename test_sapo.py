@@ -1891,7 +1891,7 @@ def test_runs_that_are_extended_or_taken_back(tiny_run, tmp_path, capsys, monkey
     capsys.readouterr()
     train.train(parse(["--resume", "out/checkpoints/step-000006", "--save_every", "100"]))
     said = capsys.readouterr().out
-    assert "going on after step 6" in said and "max_len" not in said.split("SAPO:")[0]
+    assert "going on after step 6" in said and "max_len" not in said.split("SAPO-ORPO:")[0]
     assert [folder.name for folder in (out / "checkpoints").iterdir()] == ["step-000006"] and len(untimed(out)) == 9
     whole, spin = tmp_path / "whole", [*tiny_run, "--rejected", "iteration", "--iterations", "2", "--loss", "dpo"]
     train.train(parse([*tiny_run, "--buffer_size", "8", "--schedule", "constant", "--steps", "9", "--out", str(whole)]))
