@@ -23,6 +23,8 @@ import traceback
 import types
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"      # stands for having no network; read when transformers is imported
+
 import numpy as np
 import pytest
 import torch
@@ -51,6 +53,15 @@ from support.settings import RowFailed, RunFailed, Settings, Stopped, UserError,
 
 HERE = Path(__file__).parent
 torch.set_num_threads(2)
+
+
+def loaded(path: Path):
+    """A script that lies in no package, as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
 
 SMALL = dict(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=160, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -245,13 +256,12 @@ def test_recorded_step_changes_nothing(name):
     """A recorded decode step gives the logits of the model's own, bit for bit: at other batch sizes and lengths than it
     was recorded at, after the weights moved in place, and in a copy of the model, which records its own."""
     model, rng = tiny(name, n_positions=160, ffn_dim=64, word_embed_proj_dim=32), np.random.default_rng(5)
-    for prefixes in ([random_ids(rng, n) for n in (3, 8)], [random_ids(rng, n) for n in (21, 2, 30, 11, 40)]):
-        for moved in (False, True):
-            if moved:
-                with torch.no_grad():
-                    torch._foreach_mul_(list(model.parameters()), 1.1)
-            for one in (model, copy.deepcopy(model)):
-                check_same_steps(one, prefixes)
+    for lengths, moved in (((3, 8), 1.0), ((21, 2, 30, 11, 40), 1.1)):
+        with torch.no_grad():
+            torch._foreach_mul_(list(model.parameters()), moved)
+        prefixes = [random_ids(rng, n) for n in lengths]
+        for one in (model, copy.deepcopy(model)):
+            check_same_steps(one, prefixes)
     assert sapo.RECORDED[model][1] is not None and sapo.RECORDED[one][1] is not sapo.RECORDED[model][1]
     with torch.no_grad():
         torch._foreach_mul_(list(model.parameters()), 0.5)      # the copy has its own weights
@@ -736,7 +746,7 @@ def test_recipes_are_the_papers():
         assert f"@recipes/{name}.txt" in text and text.count("Section 5.1") >= 2
 
 
-def test_dry_run(tmp_path):
+def test_dry_run(tmp_path, monkeypatch, capfd):
     """The dry run needs neither weights nor data nor network: Llama 3's number of parameters, the paper's steps, an upper
     bound on tokens, and memory by part, which --shard divides."""
     flags = [f"@{HERE / 'recipes' / 'sapo-dpo-llama3-8b.txt'}", "--dry_run"]
@@ -747,7 +757,8 @@ def test_dry_run(tmp_path):
     one, eight = (plan(parse([*flags, "--plan_processes", n]), 1) for n in ("1", "8"))
     part = {text: float(re.search(r"policy +([0-9.]+) GiB", text)[1]) for text in (one, eight)}
     assert part[one] == pytest.approx(4 * 8.03026e9 / 2 ** 30, abs=0.01) and part[eight] == pytest.approx(part[one] / 8, abs=0.01)
-    assert "--plan_config" in command("--model", "nobody/nothing", "--data", "x.jsonl", "--dry_run", cwd=tmp_path).stderr
+    monkeypatch.chdir(tmp_path)
+    assert "--plan_config" in quick_command("--model", "nobody/nothing", "--data", "x.jsonl", "--dry_run", capfd=capfd)[1].err
 
 
 @pytest.mark.slow
@@ -1053,9 +1064,7 @@ def test_held_out_pairs_of_the_data_are_measured(tiny_run, tmp_path):
 def test_embedded_data(tmp_path, monkeypatch):
     """The data files are what their script writes, byte for byte; large enough, small enough; no prompt twice; every
     chosen answer passes its check and every rejected one fails it."""
-    spec = importlib.util.spec_from_file_location("make_data", HERE / "data" / "make_data.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = loaded(HERE / "data" / "make_data.py")
     monkeypatch.setattr(script, "FOLDER", tmp_path)
     script.main()
     rows = {}
@@ -1103,9 +1112,7 @@ def test_shipped_model_is_small():
 def test_model_is_made_from_nothing(tmp_path, monkeypatch):
     """data/make_tokenizer.py writes the shipped tokenizer and configuration again, and recipes/demo-sft.txt starts from
     those two alone, without weights."""
-    spec = importlib.util.spec_from_file_location("make_tokenizer", HERE / "data" / "make_tokenizer.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = loaded(HERE / "data" / "make_tokenizer.py")
     (tmp_path / "train.jsonl").write_bytes((HERE / "data" / "train.jsonl").read_bytes())
     monkeypatch.setattr(script, "FOLDER", tmp_path)
     script.main()
@@ -1465,35 +1472,43 @@ def test_odd_model_folders(tiny_run, tmp_path):
 # ------------------------------------------------------------------------------------------------ the command line
 
 def command(*arguments, launcher=(sys.executable,), cwd=None):
-    """Run train.py as a user does; HF_HUB_OFFLINE stands for having no network."""
-    return subprocess.run([*launcher, str(HERE / "train.py"), *arguments], capture_output=True, text=True, cwd=cwd, timeout=280,
-                          env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    """Run train.py as a user does."""
+    return subprocess.run([*launcher, str(HERE / "train.py"), *arguments], capture_output=True, text=True, cwd=cwd, timeout=280)
 
 
-def test_command_line(tiny_run, tmp_path):
+def quick_command(*arguments, capfd):
+    """The same in a forked child, without the seconds that imports take; returns its exit status and what it printed."""
+    status = status_of(forked(lambda: (setattr(sys, "argv", ["train.py", *arguments]), train.main())))
+    return status, capfd.readouterr()
+
+
+def test_command_line(tiny_run, tmp_path, monkeypatch, capfd):
     """A real run from another folder: exit 0, a header, a pair, a table; a second run gets a folder of its own, and what
     is there is never overwritten."""
     flags = [*tiny_run, "--buffer_size", "8", "--print_every", "3", "--eval_every", "2"]
-    for number in ("0001", "0002"):
-        done = command(*flags, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        assert (tmp_path / "runs" / number / "final" / "model.safetensors").exists()
+    done = command(*flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     for words in ("parameters", "12 held out", "settings", "  B' ", "exact_match", "difference"):
         assert words in done.stdout
+    monkeypatch.chdir(tmp_path)
+    assert quick_command(*flags, capfd=capfd)[0] == 0
+    for number in ("0001", "0002"):
+        assert (tmp_path / "runs" / number / "final" / "model.safetensors").exists()
     records = [json.loads(line) for line in (tmp_path / "runs/0001/metrics.jsonl").open()]
     assert [r["step"] for r in records if "eval_nll" in r] == [2, 4]
-    again = command(*flags, "--out", "runs/0001", cwd=tmp_path)
-    assert again.returncode == 2 and "holds a run already" in again.stderr and "Traceback" not in again.stderr
+    status, said = quick_command(*flags, "--out", "runs/0001", capfd=capfd)
+    assert status == 2 and "holds a run already" in said.err and "Traceback" not in said.err
 
 
 @pytest.mark.parametrize("flags, words", [
     (["--los", "orpo"], "unrecognized"), (["--data", "nowhere.jsonl", "--model", "nowhere"], "nowhere"), (["@nowhere.txt"], "nowhere.txt"),
     (["--loss", "sft", "--ref", "ema"], "makes no sense"), (["--model", "nowhere", "--data", str(HERE / "data" / "heldout.jsonl")], "not a causal"),
 ])
-def test_mistakes_get_a_sentence(flags, words, tmp_path):
+def test_mistakes_get_a_sentence(flags, words, tmp_path, monkeypatch, capfd):
     """A user's mistake: exit status 2, a sentence that names it, no traceback, no output folder."""
-    done = command(*flags, cwd=tmp_path)
-    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+    monkeypatch.chdir(tmp_path)
+    status, said = quick_command(*flags, capfd=capfd)
+    assert status == 2 and words in said.err and "Traceback" not in said.err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -1586,7 +1601,7 @@ def test_out_of_memory_says_what_to_lower(error, tiny_run, tmp_path, monkeypatch
     """Memory that runs out, on a GPU or a CPU, ends the run with status 4 and the flags to lower; no traceback."""
     monkeypatch.setattr(train, "learn", lambda *a: (_ for _ in ()).throw(error))
     monkeypatch.setattr(sys, "argv", ["train.py", *tiny_run, "--buffer_size", "8", "--out", str(tmp_path / "out")])
-    assert status_of(forked_main(train.main)) == 4
+    assert status_of(forked(train.main)) == 4
     said = capfd.readouterr().err
     assert "--micro_batch" in said and "--grad_checkpoint" in said and "--shard" in said and "Traceback" not in said
 
@@ -1596,11 +1611,11 @@ MT_BENCH = {"question_id": 81, "category": "writing", "turns": ["Put 12 at the e
 
 def test_answer_files(tiny_run, tmp_path):
     """bench/answers.py writes what FastChat's and AlpacaEval's judges read: both turns of each question; one output each."""
+    answers = loaded(HERE / "bench" / "answers.py")
     for bench, question in (("mt-bench", [MT_BENCH, MT_BENCH | {"question_id": 82, "category": "math"}]), ("alpaca-eval", [{"instruction": "Sort 3 1 2.", "dataset": "d"}])):
         (tmp_path / f"{bench}.jsonl").write_text("".join(json.dumps(q) + "\n" for q in question))
-        done = subprocess.run([sys.executable, str(HERE / "bench" / "answers.py"), bench, tiny_run[1], str(tmp_path / f"{bench}.jsonl"),
-                               str(tmp_path / "new" / f"{bench}-tiny.json"), "--max_new_tokens", "5"], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        assert status_of(forked(answers.main, [bench, tiny_run[1], str(tmp_path / f"{bench}.jsonl"), "--max_new_tokens", "5",
+                                               str(tmp_path / "new" / f"{bench}-tiny.json")])) == 0
     lines = [json.loads(line) for line in (tmp_path / "new" / "mt-bench-tiny.json").open()]
     assert [line["question_id"] for line in lines] == [81, 82] and all(line["model_id"] == "mt-bench-tiny" for line in lines)
     assert all(len(line["choices"][0]["turns"]) == 2 and line["choices"][0]["index"] == 0 and line["answer_id"] for line in lines)
@@ -1659,20 +1674,22 @@ def one_thread():
 
 
 def forked(function, *arguments) -> int:
-    """Run in a forked child, which needs no imports and so no time; returns its process id."""
+    """Run in a forked child, which needs no imports and so no time; returns its process id. It exits as train.py would."""
     child = os.fork()
     if child == 0:
         status = 70
         try:
             one_thread()
-            sys.stdout = sys.stderr = open(os.devnull, "w")
             function(*arguments)
             status = 0
+        except SystemExit as end:
+            status = end.code or 0
         except UserError as error:
             status = error.status
         except BaseException:
-            traceback.print_exc(file=sys.__stderr__)
+            traceback.print_exc()
         finally:
+            sys.stdout.flush(), sys.stderr.flush()
             os._exit(status)
     return child
 
@@ -1908,8 +1925,7 @@ def test_runs_that_are_extended_or_taken_back(tiny_run, tmp_path, capsys, monkey
         parse(["--resume", str(tmp_path / "spin"), "--steps", "8"])
 
 
-@pytest.mark.parametrize("harm, named", [("flip", "shared.pt"), ("cut", "rank0.pt"), ("remove", "shared.pt"), ("manifest", "manifest.json")])
-def test_damaged_checkpoints_are_noticed(harm, named, tiny_run, tmp_path):
+def test_damaged_checkpoints_are_noticed(tiny_run, tmp_path):
     """A bit-flipped, truncated, missing file or a broken manifest: named, and the checkpoint before it offered, which
     works; what was never finished is not taken for a checkpoint; only --keep of them are kept."""
     out = tmp_path / "out"
@@ -1917,17 +1933,17 @@ def test_damaged_checkpoints_are_noticed(harm, named, tiny_run, tmp_path):
         train.train(parse([*tiny_run, "--buffer_size", "8", "--save_every", "1", "--out", str(out)]), StopAfter(4))
     kept = sorted((out / "checkpoints").iterdir())
     assert [folder.name for folder in kept] == ["step-000003", "step-000004"]
-    file = kept[-1] / named
-    content = file.read_bytes()
-    if harm == "flip":
-        file.write_bytes(content[:999] + bytes([content[999] ^ 4]) + content[1000:])
-    elif harm == "remove":
-        file.unlink()
-    else:
-        file.write_bytes(content[:len(content) // 2])
     shutil.copytree(kept[0], out / "checkpoints" / "step-000009.partial")
-    with pytest.raises(UserError, match=f"{named} is damaged.*--resume {kept[0]}"):
-        train.train(parse(["--resume", str(out)]))
+    for name, harm in (("shared.pt", lambda content: content[:999] + bytes([content[999] ^ 4]) + content[1000:]), ("rank0.pt", lambda content: content[:len(content) // 2]),
+                       ("manifest.json", lambda content: content[:len(content) // 2]), ("shared.pt", lambda content: None)):
+        content = (kept[1] / name).read_bytes()
+        (kept[1] / name).unlink()
+        if harm(content) is not None:
+            (kept[1] / name).write_bytes(harm(content))
+        with pytest.raises(UserError, match=f"{name} is damaged.*--resume {kept[0]}"):
+            train.train(parse(["--resume", str(out)]))
+        (kept[1] / name).write_bytes(content)
+    (kept[1] / "shared.pt").unlink()
     train.train(parse(["--resume", str(kept[0])]))
     whole = tmp_path / "whole"
     train.train(parse([*tiny_run, "--buffer_size", "8", "--out", str(whole)]))
@@ -1968,7 +1984,7 @@ def test_a_full_disk_costs_nothing(tiny_run, tmp_path, capfd):
     with pytest.raises(Stopped):
         train.train(parse([*flags, "--out", str(out)]), StopAfter(3))
     before = {file: file.read_bytes() for file in (out / "checkpoints").rglob("*.pt")}
-    child = forked_main(full, 100_000)
+    child = forked(full, 100_000)
     assert status_of(child) == 4
     said = capfd.readouterr().err
     assert "could not write the checkpoint" in said and "step-000003" in said and "Traceback" not in said
@@ -1978,25 +1994,8 @@ def test_a_full_disk_costs_nothing(tiny_run, tmp_path, capfd):
     train.train(parse([*flags, "--out", str(tmp_path / "whole")]))
     check_same_run(out, tmp_path / "whole")
     shutil.rmtree(out / "final"), (out / "summary.json").unlink()
-    assert status_of(forked_main(full, 100_000)) == 4 and "could not" in capfd.readouterr().err
+    assert status_of(forked(full, 100_000)) == 4 and "could not" in capfd.readouterr().err
     assert not (out / "final").exists() and not list(out.glob("*.partial"))
-
-
-def forked_main(function, *arguments) -> int:
-    """forked, for a function that ends by sys.exit and whose stderr is wanted."""
-    child = os.fork()
-    if child == 0:
-        try:
-            one_thread()
-            function(*arguments)
-        except SystemExit as end:
-            sys.stderr.flush()
-            os._exit(end.code or 0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(70)
-    return child
 
 
 def nan_at(monkeypatch, *steps, in_gradient=False):
