@@ -128,22 +128,25 @@ def make_optimizer(s: Settings, policy: nn.Module):
 
 
 def rows_of_step(s: Settings, rows: list, step: int, world: World) -> list:
-    """Algorithm 1 line 6: this process's share of the step's mini-batch; each epoch is a fresh permutation of the data.
+    """Algorithm 1 line 6: this process's share of the step's mini-batch."""
+    return [rows[i] for i in order_of_rows(s, len(rows), range(step, step + 1))[world.rank::world.size]]
+
+
+def order_of_rows(s: Settings, count: int, steps: range) -> list[int]:
+    """Which of `count` rows these steps train on, in order; each epoch is a fresh permutation of the data.
 
     Depends on the seed and the step alone, so a resumed run and one on more processes see the same batches.
     """
-    first = (step - 1) * s.batch_size
-    places = range(first + world.rank, first + s.batch_size, world.size)
-    orders = {epoch: np.random.default_rng([ORDER, s.seed, epoch]).permutation(len(rows))
-              for epoch in {place // len(rows) for place in places}}
-    return [rows[orders[place // len(rows)][place % len(rows)]] for place in places]
+    places = range((steps.start - 1) * s.batch_size, (steps.stop - 1) * s.batch_size)
+    epochs = {epoch: np.random.default_rng([ORDER, s.seed, epoch]).permutation(count) for epoch in {place // count for place in places}}
+    return [int(epochs[place // count][place % count]) for place in places]
 
 
 class Writer:
     """Algorithm 1 lines 6 to 10: makes the pairs of a step, as --rejected says.
 
-    ema, policy: `model` rewrites segments as training goes on. iteration (SPIN): it does so once for all rows at the
-    start of an iteration. data: the rejected response is the row's own. With --loss sft there is none.
+    ema, policy: `model` rewrites segments as training goes on. iteration (SPIN): it does so once for all rows of an
+    iteration, at its start. data: the rejected response is the row's own. With --loss sft there is none.
     """
 
     def __init__(self, s: Settings, world: World, model, whole: Whole, ema: EMA | None, ends: list[int], rows: list):
@@ -151,9 +154,10 @@ class Writer:
         self.answers = {}       # SPIN: row number -> its pairs
         self.ready = {}         # step -> its pairs, written ahead
 
-    def start_iteration(self, number: int) -> None:
-        """SPIN: answer every prompt with the model as it is now; each process takes its share, all get all."""
-        mine = [self.rows[place] for place in range(self.world.rank, len(self.rows), self.world.size)]
+    def start_iteration(self, number: int, steps: range) -> None:
+        """SPIN: answer each prompt that these steps come to, with the model as it is now; each process takes its share, all get all."""
+        used = sorted(set(order_of_rows(self.s, len(self.rows), steps)))
+        mine = [self.rows[i] for i in used[self.world.rank::self.world.size]]
         pairs = self._generate(mine, [[ANSWER, self.s.seed, number, row.number] for row in mine])
         self.answers = {}
         for pair in (pair for part in self.world.gather(pairs) for pair in part):
@@ -266,7 +270,7 @@ def train(s: Settings, stop: Stop | None = None) -> None:
         first, last = bounds[iteration] + 1, bounds[iteration + 1]
         if s.rejected == "iteration" and step == first:
             frozen.load_state_dict(policy.state_dict())
-            write.start_iteration(iteration)
+            write.start_iteration(iteration, range(first, last + 1))
             optimizer = shared["optimizer"] = make_optimizer(s, policy)
 
         # Sampling stage

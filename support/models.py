@@ -15,8 +15,8 @@ from support.settings import RunFailed, Settings, UserError, error_text, located
 def load_model(settings: Settings, world):
     """The policy and its tokenizer. Weights are fp32 whatever the folder holds: bf16 would round small steps away.
 
-    With --shard the whole of it lies on rank 0's CPU and nothing but shapes on the others. Lowers the settings' max_len to the positions the model has. Raises UserError where there is no model, or one this
-    program can't train.
+    With --shard the whole of it lies on rank 0's CPU and nothing but shapes on the others. Lowers the settings' max_len to
+    the positions the model has. Raises UserError where there is no model, or one this program can't train.
     """
     name = str(located(settings.model))
     torch.manual_seed(settings.seed)        # of fresh weights: --random_init, and the rows of tokens that are added
@@ -28,9 +28,8 @@ def load_model(settings: Settings, world):
                 model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name, **trust), dtype=torch.float32, **trust)
         else:
             model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **trust)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"--model {settings.model}: not a causal language model with its tokenizer ({reason})") from None
+    except (OSError, ValueError, KeyError, ImportError) as error:     # the last: what a tokenizer's folder lacks
+        raise UserError(f"--model {settings.model}: not a causal language model with its tokenizer ({error_text(error)})") from None
     added = set_template(tokenizer, settings.chat_template)
     if added and len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=not model.get_input_embeddings().weight.is_meta)

@@ -6,6 +6,7 @@ weights nor data nor a network is needed: a config.json and a number of rows wil
 import math
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -40,7 +41,8 @@ def plan(s: Settings, processes: int) -> str:
     generates = s.loss != "sft" and s.rejected != "data"
     scored = s.batch_size * (s.num_rejected if generates and not s.buffer_size else 1) * (s.max_len if s.loss == "sft" else 2 * s.max_len)
     new = min(s.segment_len or s.max_new_tokens, s.max_len) * s.num_rejected
-    answered = s.iterations * (rows - held) if s.rejected == "iteration" else steps * s.batch_size
+    in_iteration = min(rows - held, math.ceil(steps / s.iterations) * s.batch_size)
+    answered = s.iterations * in_iteration if s.rejected == "iteration" else steps * s.batch_size
     written = answered * new if generates else 0
     parameters = sum(p.numel() for p in model.parameters())
     lines = [f"dry run: {method(s)}",
@@ -111,7 +113,9 @@ def activations(s: Settings, model) -> float:
     model._sapo_exact, model._sapo_generates = (True, True), False
     length = s.max_len - 1
     pair = Pair([1], [1] * length, [1] * length, length if s.loss == "sft" else 0)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    known = torch.is_autocast_enabled       # torch 2.9 raises when transformers asks this of the meta device
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), \
+         mock.patch("torch.is_autocast_enabled", lambda *device: device != ("meta",) and known(*device)):
         pair_logps(model, [pair] * s.micro_batch)
     total, layers = sum(storage.nbytes() for storage in kept.values()), model.config.get_text_config().num_hidden_layers
     one = total / layers        # what a layer keeps; backward holds about as much in gradients while it goes through one

@@ -225,7 +225,7 @@ def resolve(s: Settings, explicit: set[str]) -> Settings:
     refuse("rejected", s.loss == "sft" and s.rejected != "data", "--loss sft, which trains on chosen responses alone")
     refuse("buffer_size", s.loss == "sft", "--loss sft, which has no pairs to store")
     refuse("buffer_size", s.rejected == "data", "--rejected data: the pairs are all there from the start")
-    refuse("buffer_size", s.rejected == "iteration", "--rejected iteration (SPIN), which answers every prompt once an iteration")
+    refuse("buffer_size", s.rejected == "iteration", "--rejected iteration (SPIN), which writes all answers at the start of an iteration")
     refuse("num_rejected", not generates and s.num_rejected > 1, "--loss sft or --rejected data, which generate nothing")
     refuse("iterations", s.rejected != "iteration" and s.iterations != 1, "anything but --rejected iteration (SPIN)")
     refuse("ref", s.loss != "dpo", f"--loss {s.loss}, which needs no reference model")
