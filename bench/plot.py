@@ -31,9 +31,11 @@ def draw(picture: Path, runs: list[tuple[str, list[dict]]]) -> None:
             if points:
                 steps, values = np.array(points, dtype=float).T
                 panel.plot(steps, values, color=f"C{i}", alpha=0.25, linewidth=0.8)
-                panel.plot(steps, smooth(values, max(1, len(values) // 20)), color=f"C{i}", label=name)
+                panel.plot(steps, smooth(values, max(5, len(values) // 20)), color=f"C{i}", label=name)
         panel.set_title(title, fontsize=10)
         panel.grid(alpha=0.3)
+        if metric in ("buffer_age", "identical"):
+            panel.set_ylim(bottom=0)        # a rate that is 0 throughout would else lie in the middle
     for panel in panels[-1]:
         panel.set_xlabel("optimizer step")
     lines = {label: line for panel in panels.flat for line, label in zip(*panel.get_legend_handles_labels())}

@@ -25,7 +25,7 @@ def load_model(settings: Settings, world):
         tokenizer = AutoTokenizer.from_pretrained(name, **trust)
         if settings.random_init or world.sharded and not world.is_main:
             with torch.device("meta") if world.sharded and not world.is_main else contextlib.nullcontext():
-                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name, **trust), dtype=torch.float32, **trust)
+                model = fresh_model(AutoConfig.from_pretrained(name, **trust), torch.float32, settings)
         else:
             model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **trust)
     except (OSError, ValueError, KeyError, ImportError) as error:     # the last: what a tokenizer's folder lacks
@@ -41,6 +41,13 @@ def load_model(settings: Settings, world):
     settings.max_len = min(settings.max_len, positions)
     settings.max_prompt_len = min(settings.max_prompt_len, settings.max_len - 1)
     return (model if world.sharded else model.to(world.device)).eval(), tokenizer       # eval: no dropout, in training either, as in the EMA and reference
+
+
+def fresh_model(config, dtype, settings: Settings):
+    """A model of that shape with random weights; on the meta device with none."""
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=settings.trust_remote_code)
+    model.tie_weights()         # transformers 5.0 leaves that out on the meta device
+    return model
 
 
 def checkpoint_layers(model) -> None:

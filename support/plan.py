@@ -9,9 +9,10 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from sapo import LOGITS_AT_ONCE, Pair, pair_logps
+from support.models import fresh_model
 from support.read import read_rows
 from support.rows import held_out_every, selected
 from support.settings import Settings, UserError, error_text, located, method
@@ -31,8 +32,7 @@ def plan(s: Settings, processes: int) -> str:
     rows, where = count_rows(s)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if s.dtype == "bf16" else torch.float32,
-                                                     trust_remote_code=s.trust_remote_code).eval()
+            model = fresh_model(config, torch.bfloat16 if s.dtype == "bf16" else torch.float32, s).eval()
         by_part, peak = memory(s, model, processes)
     except Exception as error:          # no causal model, or one whose Python needs more than shapes
         raise UserError(f"--dry_run: {config.model_type}: its training step can't be built without weights ({error_text(error)})") from None
