@@ -1767,6 +1767,23 @@ def test_shard_in_bf16(tiny_run, tmp_path):
     assert all(w.dtype == torch.float32 for w in weights(tmp_path / "bf16").values())
 
 
+@pytest.mark.slow
+def test_bf16_on_a_cpu_takes_no_more_memory_with_every_shape():
+    """Batches of ever new lengths in bf16 on a CPU, where oneDNN would keep a kernel for each: memory stays within bounds."""
+    done = subprocess.run([sys.executable, "-c", """
+import torch
+from support.parallel import World
+world, layer, sizes = World(1, dtype="bf16"), torch.nn.Linear(512, 8000), []
+for length in range(100, 250):
+    with world.precision():
+        layer(torch.ones(length, 512, requires_grad=True)).sum().backward()
+    sizes.append(int(open("/proc/self/statm").read().split()[1]) * 4096 / 2 ** 20)
+print(sizes[-1] - sizes[0])
+"""], capture_output=True, text=True, cwd=HERE)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 900         # MB; 560, and 1500 with torch's own setting
+
+
 def test_shard_equals_one_process(tiny_run, tmp_path):
     """Plain DPO cut up among two processes gives the losses and weights of one process on the same global batch, with tied
     embeddings too."""

@@ -29,6 +29,8 @@ class World:
             self.device = torch.device("mps" if torch.backends.mps.is_available() and self.size == 1 else "cpu")
         # torchrun sets one thread a process, which leaves the other cores idle.
         torch.set_num_threads(threads or max(1, cores() // local_size))
+        # In bf16 on a CPU, oneDNN keeps 1024 kernels, each with a weight's worth of scratch: gigabytes, since lengths vary.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
         if self.size > 1:       # others wait while rank 0 loads, hashes or saves a large model; torchrun sees to those that died
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
 
