@@ -52,7 +52,7 @@ from support.rows import Row, Rows, Tokenize, load_data, passes
 from support.settings import RowFailed, RunFailed, Settings, Stopped, UserError, located, make_parser, parse
 
 HERE = Path(__file__).parent
-torch.set_num_threads(2)
+torch.set_num_threads(1)        # enough for models this small; two wait for each other where another program has a core
 
 
 def loaded(path: Path):
@@ -1158,7 +1158,7 @@ def tiny_run(tmp_path_factory):
         lines = (HERE / "data" / f"{name}.jsonl").read_text().splitlines(keepends=True)
         (folder / f"{name}.jsonl").write_text("".join(lines[:40 if name == "train" else 12]))
     return (f"--model {folder}/model --data {folder}/train.jsonl --eval_data {folder}/heldout.jsonl --max_len 160 --batch_size 4 "
-            "--micro_batch 2 --steps 6 --lr 1e-3 --segment_len 6 --max_new_tokens 8 --ref_every 3 --warmup 0").split()
+            "--micro_batch 2 --steps 6 --lr 1e-3 --segment_len 6 --max_new_tokens 8 --ref_every 3 --warmup 0 --threads 1").split()
 
 
 def run(flags, out, *more):
