@@ -155,7 +155,7 @@ class Writer:
         self.ready = {}         # step -> its pairs, written ahead
 
     def start_iteration(self, number: int, steps: range) -> None:
-        """SPIN: answer each prompt that these steps come to, with the model as it is now; each process takes its share, all get all."""
+        """SPIN: answer each prompt that these steps come to, with the model as it is now; each process a share, for all."""
         used = sorted(set(order_of_rows(self.s, len(self.rows), steps)))
         mine = [self.rows[i] for i in used[self.world.rank::self.world.size]]
         pairs = self._generate(mine, [[ANSWER, self.s.seed, number, row.number] for row in mine])

@@ -40,7 +40,8 @@ def load_model(settings: Settings, world):
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or settings.max_len
     settings.max_len = min(settings.max_len, positions)
     settings.max_prompt_len = min(settings.max_prompt_len, settings.max_len - 1)
-    return (model if world.sharded else model.to(world.device)).eval(), tokenizer       # eval: no dropout, in training either, as in the EMA and reference
+    # eval: no dropout, in training either, as in the EMA model and the reference
+    return (model if world.sharded else model.to(world.device)).eval(), tokenizer
 
 
 def fresh_model(config, dtype, settings: Settings):
@@ -100,7 +101,7 @@ def model_card(settings: Settings, steps: int) -> str:
              if value is not None and name not in ("out", "resume", "overwrite") and not name.startswith("plan_")}
     written = {"ema": "an exponential moving average of the model itself rewrote a segment of each chosen response",
                "policy": "the model itself rewrote a segment of each chosen response",
-               "iteration": "the model of each iteration's start answered every prompt", "data": "those of the data"}[settings.rejected]
+               "iteration": "the model as it was at the start of each iteration wrote them", "data": "those of the data"}[settings.rejected]
     front = [f"{key}: {name}" for key, name in (("base_model", settings.model), ("datasets", settings.data.partition(":")[0]))
              if not located(name).exists()]
     return "\n".join([
