@@ -18,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import types
@@ -29,6 +30,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings as hypothesis_settings, strategies as st
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CONFIG_MAPPING
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -52,7 +54,8 @@ from support.rows import Row, Rows, Tokenize, load_data, passes
 from support.settings import RowFailed, RunFailed, Settings, Stopped, UserError, located, make_parser, parse
 
 HERE = Path(__file__).parent
-torch.set_num_threads(1)        # enough for models this small; two wait for each other where another program has a core
+tqdm.set_lock(threading.RLock())    # its own lock is shared with forks, and stays locked for all when its holder is killed
+torch.set_num_threads(1)            # enough for models this small; two wait for each other where another program has a core
 
 
 def loaded(path: Path):
@@ -1690,6 +1693,7 @@ def forked(function, *arguments) -> int:
     if child == 0:
         status = 70
         try:
+            signal.alarm(300)       # one that hangs ends, and its test fails
             one_thread()
             function(*arguments)
             status = 0
