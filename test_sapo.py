@@ -414,13 +414,15 @@ def test_models_that_cannot_share_are_noticed(name, capsys):
     assert capsys.readouterr().out == ""                    # said once
 
 
-@pytest.mark.parametrize("name, changes", [("mamba", {}), ("bloom", {"n_layer": 2, "n_head": 4}), ("gpt_neo", dict(
+@pytest.mark.parametrize("name, changes", [("mamba", {}), ("bloom", {"n_layer": 2, "n_head": 4}), (
+    "recurrent_gemma", {"lru_width": 32, "attention_window_size": 8, "num_hidden_layers": 3}), ("gpt_neo", dict(
     num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=4, max_position_embeddings=160))])
 def test_models_that_cannot_generate_are_refused(name, changes):
-    """A model without an attention cache (Mamba), whose positions come from the mask (BLOOM), or whose window goes by
-    column (GPT-Neo), is refused by name, not decoded wrongly."""
-    with pytest.raises(ValueError, match="ForCausalLM can't generate"):
-        generate_segments(tiny(name, **changes), [[5] * 9, [6] * 3], 4, eos_token_id=2)
+    """A model without an attention cache (Mamba), or with more than that (RecurrentGemma), whose positions come from the mask
+    (BLOOM), or whose window goes by column (GPT-Neo), is refused by name, not decoded wrongly."""
+    for scale in (0.2, 0.02):               # also where its weights are so small that all logits are nearly alike
+        with pytest.raises(ValueError, match="ForCausalLM can't generate"):
+            generate_segments(tiny(name, **changes, initializer_range=scale), [[5] * 9, [6] * 3], 4, eos_token_id=2)
 
 
 def test_a_window_that_is_ignored_would_be_noticed(monkeypatch):
@@ -672,6 +674,7 @@ def test_ema_interval_buffers_and_state():
     ("--loss sft --buffer_size 1", "buffer_size 1 makes no sense"), ("--rejected data --num_rejected 4", "generate nothing"), ("--iterations 3", "iterations 3 makes no sense"),
     ("--segment_len -1", "segment_len"), ("--buffer_size 8 --batch_size 16", "smaller than"), ("--top_p 1.5", "top_p"),
     ("--lr 1e-5 1e-6", "one value"), ("--max_prompt_len 300", "no room"), ("--batch_size 0", "batch_size"),
+    ("--epochs nan", "epochs must be a finite"), ("--lr inf", "lr must be a finite"), ("--seed 99999999999999999999", "seed must be between"), ("--temperature nan", "temperature"),
     ("--rejected iteration --steps 3", "less than one step"), ("--compile --shard", "not tried"), ("--model somewhere", "--data is missing"),
 ])
 def test_nonsense_is_refused_with_one_sentence(flags, words):
@@ -679,6 +682,19 @@ def test_nonsense_is_refused_with_one_sentence(flags, words):
     with pytest.raises(UserError, match=words) as error:
         parse(flags.split())
     assert "\n" not in str(error.value)
+
+
+def test_flag_files(tmp_path):
+    """In a flag file # begins a comment where it stands first in a word, outside quotes; an open quote or bytes that are no
+    text are refused with a sentence."""
+    file = tmp_path / "flags.txt"
+    file.write_text("# the user's own\n--model m  # not \"n\"\n--data d#1.jsonl --out 'a # b'\n\n  #--seed 3\n--chat_template\tvicuna\t#x\n")
+    s = parse([f"@{file}"])
+    assert (s.model, s.data, s.out, s.seed, s.chat_template) == ("m", "d#1.jsonl", "a # b", 0, "vicuna")
+    for content in (b"--model it's\n", b"--model \xff\xfe\n"):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match="flags.txt: not a file of flags"):
+            parse([f"@{file}"])
 
 
 def test_unset_settings_follow_the_method():
@@ -792,9 +808,10 @@ def test_planned_memory_is_what_a_step_keeps():
     with torch.device("meta"):
         shape = AutoModelForCausalLM.from_config(model.config)
     assert activations(s, shape) == pytest.approx(measured * 1.5, rel=0.1)         # two layers, and one of them in backward
-    parts, peak = memory(s, shape, 4)
+    parts, peak, saved = memory(s, shape, 4)
     sizes = [size / sum(p.numel() for p in model.parameters()) for size in parts.values()]
     assert sizes[:5] == [4, 4, 8, 4, 4] and peak <= sum(parts.values())
+    assert saved == 20 * sum(p.numel() for p in model.parameters())                 # all that stays but the gradients
 
 
 def test_without_held_out_rows(tiny_run, tmp_path):
@@ -959,6 +976,8 @@ def test_rows_are_tokenized_when_asked_for(tokenizer, tmp_path):
     file.write_text("\n".join([*lines, "[1]"]))
     with pytest.raises(UserError, match="line 30001"):
         load_data(parse(["--model", "m", "--data", str(file)]), tokenize)
+    with pytest.raises(UserError, match="gives id .* the model's embedding has 5 entries"):
+        Tokenize(tokenizer, 100, 200, known_ids=5)({"prompt": "q", "chosen": "a"}, "here", 0)
 
 
 def test_string_rows(tokenizer):
@@ -976,13 +995,15 @@ def test_string_rows(tokenizer):
 ])
 def test_one_end_token_whatever_the_template(template, ending, tokenizer):
     """A template that trims, one that ends turns with no token at all, and one that adds a thought: one end token each,
-    and an end token spelled out in the text is not one."""
+    and an end token spelled out in the text is not one. An answer that stands in the thought too is told from it."""
     changed = copy.deepcopy(tokenizer)
     changed.chat_template = template
-    for said, expected in (("x", ending), ("x<|im_end|>y", ending + "<|im_end|>y")):
+    changed.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    for said, expected in (("x", ending), ("x<|im_end|>y", ending + "<|im_end|>y"), ("think", ending[:-1] + "think")):
         found = Tokenize(changed, 100, 200)({"messages": [USER, {"role": "assistant", "content": said}]}, "here", 0)
         assert changed.decode(found.chosen) == expected + "<|im_end|>"
         assert found.chosen.count(changed.eos_token_id) == 1 and found.chosen[-1] == changed.eos_token_id
+        assert found.chosen.count(changed.convert_tokens_to_ids("<think>")) == ending.count("<think>")
 
 
 def test_named_templates_match_the_paper(tokenizer):
@@ -1021,6 +1042,14 @@ def test_bad_rows_are_named(content, words, tmp_path, tokenizer):
         for i, (where, row) in enumerate(read_rows(str(file))):
             Tokenize(tokenizer, 100, 200)(row, where, i)
     assert "bad.jsonl" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_row_too_long_is_named_in_a_list_too(tmp_path):
+    """What a .jsonl refuses as too much for one conversation, a JSON list refuses as well."""
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([{"prompt": "a", "chosen": "b"}, {"prompt": "a", "chosen": "b" * 3_000_000}]))
+    rows = [row for _, row in read_rows(str(file))]
+    assert rows[0] == {"prompt": "a", "chosen": "b"} and "row 2: 3.0 MB" in str(rows[1])
 
 
 def test_chosen_text_is_what_is_trained_on(tokenizer):
@@ -1544,6 +1573,34 @@ def test_two_processes_equal_one(tiny_run, tmp_path):
         assert torch.allclose(a, b, atol=1e-5)
 
 
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    """--nproc_per_node 2 on a machine with one GPU: a sentence."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match="2 processes on this machine, which has 1 GPU"):
+        World()
+
+
+def test_a_vision_tower_is_left_alone(tiny_run, tmp_path):
+    """A model that could read images too (Gemma 3's larger ones) trains as the text model it is used as, in one process and
+    in two; what it would see with stays as it was."""
+    tokenizer, size = AutoTokenizer.from_pretrained(tiny_run[1]), dict(hidden_size=32, intermediate_size=64, num_attention_heads=4)
+    ids = {name: len(tokenizer) + i for i, name in enumerate(("image_token_index", "boi_token_index", "eoi_token_index"))}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(CONFIG_MAPPING["gemma3"](
+        text_config=dict(vocab_size=len(tokenizer) + 8, num_hidden_layers=2, num_key_value_heads=2, head_dim=8, initializer_range=0.2, **size),
+        vision_config=dict(num_hidden_layers=1, image_size=28, patch_size=14, **size), mm_tokens_per_image=1, **ids)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    flags = [*tiny_run, "--model", str(tmp_path / "model"), "--rejected", "data", "--steps", "3"]
+    train.train(parse([*flags, "--out", str(tmp_path / "one")]))
+    assert two_processes(lambda: train.train(parse([*flags, "--out", str(tmp_path / "two")]))) == [0, 0]
+    check_close_runs(tmp_path / "one", tmp_path / "two")
+    before, after = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict(), weights(tmp_path / "two")
+    assert {name for name in after if not torch.equal(before[name], after[name])} == {name for name in after if "vision" not in name and "multi_modal" not in name}
+
+
 def test_every_metric_is_explained(tiny_run, tmp_path):
     """The README's glossary has every key of metrics.jsonl and of summary.json, and no other."""
     glossary = (HERE / "README.md").read_text().split("## Metrics")[1].split("\n## ")[0]
@@ -1926,7 +1983,8 @@ def test_resume_says_and_refuses(tiny_run, tmp_path, capsys):
 
 def test_runs_that_are_extended_or_taken_back(tiny_run, tmp_path, capsys, monkeypatch):
     """A finished run is extended from its last checkpoint, and while that goes on it is not finished; without a checkpoint
-    it is left as it is. Going back to an older checkpoint drops what came after it. A resumed run is found from any folder,
+    it is left as it is. Going back to an older checkpoint drops what came after it, and says so; a run can't be shortened; a
+    copy that somebody made of a checkpoint is neither used nor in the way. A resumed run is found from any folder,
     reports no change where there is none, does not inherit --trust_remote_code, and --overwrite never removes its input."""
     out, flags = tmp_path / "out", [*tiny_run, "--buffer_size", "8", "--schedule", "constant", "--max_len", "400"]
     monkeypatch.chdir(Path(tiny_run[1]).parent)
@@ -1940,10 +1998,15 @@ def test_runs_that_are_extended_or_taken_back(tiny_run, tmp_path, capsys, monkey
     assert [r["step"] for r in untimed(out)] == list(range(1, 9))
     assert not (out / "summary.json").exists()
     capsys.readouterr()
-    train.train(parse(["--resume", "out/checkpoints/step-000006", "--save_every", "100"]))
+    with pytest.raises(UserError, match="3 steps are fewer than the 8"):
+        train.train(parse(["--resume", str(out), "--steps", "3"]))
+    shutil.copytree(out / "checkpoints" / "step-000006", out / "checkpoints" / "step-000006-mine")
+    with pytest.raises(UserError, match="not a checkpoint"):
+        train.train(parse(["--resume", "out/checkpoints/step-000006-mine"]))
+    train.train(parse(["--resume", "out/checkpoints/step-000006", "--save_every", "3"]))
     said = capsys.readouterr().out
-    assert "going on after step 6" in said and "max_len" not in said.split("SAPO-ORPO:")[0]
-    assert [folder.name for folder in (out / "checkpoints").iterdir()] == ["step-000006"] and len(untimed(out)) == 9
+    assert "going on after step 6, without the later step-000008" in said and "max_len" not in said.split("SAPO-ORPO:")[0]
+    assert sorted(folder.name for folder in (out / "checkpoints").iterdir()) == ["step-000006", "step-000006-mine", "step-000009"] and len(untimed(out)) == 9
     whole, spin = tmp_path / "whole", [*tiny_run, "--rejected", "iteration", "--iterations", "2", "--loss", "dpo"]
     train.train(parse([*tiny_run, "--buffer_size", "8", "--schedule", "constant", "--steps", "9", "--out", str(whole)]))
     assert untimed(out) == untimed(whole)
@@ -2198,7 +2261,7 @@ CHAT = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "
     (CHAT, "--model BARE", ["line 1", "the tokenizer has none", "--chat_template"]), (GOOD, "--rejected data", ["line 1", "rejected"]),
     (CHAT * 60, "--model WIDE", ["embedding has 50"]), (CHAT, "--model ENDLESS", ["no EOS"]), (CHAT, "--batch_size 16 --buffer_size 8", ["smaller than"]),
     (CHAT, "--segment_len -3", ["segment_len"]), (CHAT, "--segmentlen 3", ["unrecognized"]), (CHAT, "--model EMPTY", ["not a causal"]),
-    (CHAT, "--model BERT", ["not a causal"]), (GOOD.encode() + b'{"prompt": "\xff"}\n', "", ["line 2", "UTF-8"]),
+    (CHAT, "--model BERT", ["not a causal"]), (CHAT, "--model HALF", ["not a causal"]), (CHAT, "--model OTHER", ["not a causal"]), (GOOD.encode() + b'{"prompt": "\xff"}\n', "", ["line 2", "UTF-8"]),
     (GOOD + '{"prompt": "a", "chosen": "' + "b" * 10_000_000 + '"}\n', "", ["line 2", "MB"]), (CHAT, "--keep 1", ["keep"]), (CHAT, "--resume nowhere", ["no run there"]),
 ])
 def test_bad_input_gets_one_sentence(content, flags, words, tiny_run, tmp_path, capsys, monkeypatch):
@@ -2219,6 +2282,10 @@ def test_bad_input_gets_one_sentence(content, flags, words, tiny_run, tmp_path, 
             tiny(vocab_size=50, eos_token_id=1, pad_token_id=1, bos_token_id=None).save_pretrained(made)
         elif name == "EMPTY":
             shutil.rmtree(made), made.mkdir()
+        elif name == "HALF":
+            (made / "model.safetensors").write_bytes((made / "model.safetensors").read_bytes()[:2000])
+        elif name == "OTHER":
+            (made / "config.json").write_text((made / "config.json").read_text().replace('"hidden_size": 32', '"hidden_size": 64'))
         elif name == "BERT":
             (made / "config.json").write_text('{"model_type": "vit", "architectures": ["ViTModel"]}')
         flags = flags.replace(name, str(made))

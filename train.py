@@ -6,14 +6,13 @@
     python train.py --help                                          every setting
 
 This file is Algorithm 1 of the paper and the set-up it needs; the line numbers in `train` are the algorithm's. It
-departs from the paper's text in two places: line 9 gives the EMA model x and A (giving it B too would show it what it
-is to rewrite), and line 17 happens every --ema_every optimizer steps, as the paper's Section 5.1 says. The baselines
-(ORPO, DPO, SFT, SPIN, on-policy) are settings of the same loop.
+departs from it in two places: line 9 gives the EMA model x and A (giving it B too would show it what it is to rewrite),
+and line 17 happens every --ema_every optimizer steps, as the paper's Section 5.1 says. What the paper leaves open is in
+the README's last table. The baselines (ORPO, DPO, SFT, SPIN, on-policy) are settings of the same loop.
 """
 import bisect
 import contextlib
 import functools
-import itertools
 import math
 import os
 import sys
@@ -28,7 +27,7 @@ from losses import dpo_loss, orpo_loss
 from sapo import Pair, check_generation, pair_logps, probe
 from support.checkpoint import changed, finished, newest, new_run_folder, read_checkpoint, take_up, to_go_on_from, write_checkpoint
 from support.evaluate import Evaluation, batches, column_pair, write_pairs
-from support.models import check_ids, checkpoint_layers, end_token_ids, load_model, model_card, save_model
+from support.models import checkpoint_layers, end_token_ids, load_model, model_card, save_model
 from support.parallel import Stop, World, leave, lost_process, out_of_memory
 from support.plan import plan
 from support.report import Clock, Report, buffer_statistics, header, pair_statistics, peak_memory_mib
@@ -123,7 +122,7 @@ def make_optimizer(s: Settings, policy: nn.Module):
     others = [p for p in policy.parameters() if p.requires_grad and p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": others, "weight_decay": 0.0}]
     if s.optimizer == "rmsprop":
-        return torch.optim.RMSprop(groups, lr=s.lr[0])
+        return torch.optim.RMSprop(groups, lr=s.lr[0], foreach=False)       # all at once, it would hold another copy of the model
     return torch.optim.AdamW(groups, lr=s.lr[0], fused=True)
 
 
@@ -218,9 +217,9 @@ def train(s: Settings, stop: Stop | None = None) -> None:
         return world.say(f"{run_folder(s.resume)} had finished: there is nothing left to do")
     other = changed(s) if s.resume else {}
     start, tokenizer = world.alike(lambda: load_model(s, world))
-    tokenize = Tokenize(tokenizer, s.max_prompt_len, s.max_len, use_rejected=s.rejected == "data" and s.loss != "sft")
+    tokenize = Tokenize(tokenizer, s.max_prompt_len, s.max_len, use_rejected=s.rejected == "data" and s.loss != "sft",
+                        known_ids=start.get_input_embeddings().num_embeddings)
     rows, held = world.alike(lambda: load_data(s, tokenize, world.say))
-    check_ids(start, tokenizer, itertools.chain(rows, held), s)
     ends = world.on_main(lambda: end_token_ids(start, tokenizer, tokenize.turn_end))
     per_iteration = math.ceil(s.epochs * len(rows) / s.batch_size)
     steps = s.steps or per_iteration * s.iterations
@@ -258,7 +257,7 @@ def train(s: Settings, stop: Stop | None = None) -> None:
         tally = found
     folder = run_folder(s.resume) if s.resume else world.on_main(lambda: new_run_folder(s))
     if s.resume:
-        world.say(world.on_main(lambda: take_up(s, done, other)))
+        world.say(world.on_main(lambda: take_up(s, done, steps, other)))
     report = Report(asked, world, folder, steps, done, s.tensorboard)
     report.say(header(s, world, start, rows, held, steps, folder))
     tally["before"] = tally["before"] or evaluate(policy)

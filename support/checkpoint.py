@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -121,8 +122,8 @@ def sha256(path: Path) -> str:
 
 def all_checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run that were completed, oldest first."""
-    found = (manifest.parent for manifest in run.glob(f"checkpoints/step-*/{MANIFEST}"))
-    return sorted((folder for folder in found if folder.suffix != ".partial"), key=step_of)
+    found = (manifest.parent for manifest in run.glob(f"checkpoints/*/{MANIFEST}"))
+    return sorted((folder for folder in found if re.fullmatch(r"step-\d+", folder.name)), key=step_of)     # no copies of one
 
 
 def step_of(checkpoint: Path) -> int:
@@ -137,8 +138,8 @@ def newest(run: Path) -> Path | None:
 def to_go_on_from(resume: str) -> Path | None:
     """The checkpoint that --resume names, by itself or as the newest of its run; None where there is none yet."""
     path, run = Path(resume), run_folder(resume)
-    if path != run and not (path / MANIFEST).exists():
-        raise UserError(f"--resume {resume}: not a checkpoint that was completed (no {MANIFEST})")
+    if path != run and path not in all_checkpoints(run):
+        raise UserError(f"--resume {resume}: not a checkpoint that was completed (a folder step-NNNNNN with a {MANIFEST})")
     return path if path != run else newest(run)
 
 
@@ -210,17 +211,23 @@ def finished(settings: Settings) -> bool:
     return not more
 
 
-def take_up(settings: Settings, done: int, other: dict) -> str:
+def take_up(settings: Settings, done: int, steps: int, other: dict) -> str:
     """Take the folder of the run that is resumed back to the step it goes on from: its records, later checkpoints, its
-    summary. other: settings that differ. Returns what to say of it."""
+    summary. steps: where the run is to end. other: settings that differ. Returns what to say of it.
+
+    Raises UserError when the run is beyond its end already.
+    """
     run = run_folder(settings.resume)
+    if done > steps:
+        raise UserError(f"--resume {settings.resume}: {steps} steps are fewer than the {done} it has taken; name a checkpoint from before")
     trim_metrics(run / "metrics.jsonl", done)
     (run / "summary.json").unlink(missing_ok=True)
-    for later in all_checkpoints(run):
-        if step_of(later) > done:
-            later.rename(later.with_suffix(".partial"))
-            shutil.rmtree(later.with_suffix(".partial"))
+    later = [checkpoint for checkpoint in all_checkpoints(run) if step_of(checkpoint) > done]
+    for checkpoint in later:
+        checkpoint.rename(checkpoint.with_suffix(".partial"))
+        shutil.rmtree(checkpoint.with_suffix(".partial"))
     return (f"{run}: " + (f"going on after step {done}" if done else "no checkpoint was written yet; starting over")
+            + (f", without the later {', '.join(checkpoint.name for checkpoint in later)}" if later else "")
             + (f", with other settings: {say_changes(other)}" if other else ""))
 
 

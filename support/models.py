@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from support.parallel import out_of_memory
 from support.rows import CHATML, VICUNA
 from support.settings import RunFailed, Settings, UserError, error_text, located, method
 
@@ -28,7 +29,9 @@ def load_model(settings: Settings, world):
                 model = fresh_model(AutoConfig.from_pretrained(name, **trust), torch.float32, settings)
         else:
             model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **trust)
-    except (OSError, ValueError, KeyError, ImportError) as error:     # the last: what a tokenizer's folder lacks
+    except Exception as error:          # each way in which a folder can be damaged or incomplete has its own
+        if out_of_memory(error):
+            raise
         raise UserError(f"--model {settings.model}: not a causal language model with its tokenizer ({error_text(error)})") from None
     added = set_template(tokenizer, settings.chat_template)
     if added and len(tokenizer) > model.get_input_embeddings().num_embeddings:
@@ -61,17 +64,6 @@ def checkpoint_layers(model) -> None:
             for name, value in vars(layer).items():
                 if name.endswith("dropout") and isinstance(value, float):       # some layers (OPT's) apply their own
                     setattr(layer, name, 0.0)
-
-
-def check_ids(model, tokenizer, rows, settings: Settings) -> None:
-    """Raises UserError where the tokenizer gives ids that the model has no embedding for."""
-    width = model.get_input_embeddings().num_embeddings
-    if max(tokenizer.get_vocab().values()) < width:
-        return
-    largest = max(max(max(row.prompt), max(row.chosen), max(row.rejected or [0])) for row in rows)      # those it has may go unused
-    if largest >= width:
-        raise UserError(f"--model {settings.model}: the tokenizer gives id {largest}, the model's embedding has {width} "
-                        "entries; they do not belong together")
 
 
 def set_template(tokenizer, name: str | None) -> int:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from support.settings import UserError
 from support.shard import sharded_copy, whole_tensor
 
 
@@ -23,6 +24,8 @@ class World:
         self.sharded, self.dtype = shard and self.size > 1, dtype
         local, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if torch.cuda.is_available():
+            if local >= torch.cuda.device_count():
+                raise UserError(f"{local_size} processes on this machine, which has {torch.cuda.device_count()} GPUs; lower --nproc_per_node")
             self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
         else:
@@ -65,8 +68,10 @@ class World:
         """The module whose forward is to be called in training: DDP where there are several processes (FSDP is in the model)."""
         if self.size == 1 or self.sharded:
             return scorer
+        config = scorer.policy.config
         return DistributedDataParallel(scorer, device_ids=[self.device] if self.device.type == "cuda" else None,
-                                       gradient_as_bucket_view=True)        # no second copy of the gradients
+                                       gradient_as_bucket_view=True,        # no second copy of the gradients
+                                       find_unused_parameters=config.get_text_config() is not config)       # a vision tower's
 
     def accumulate(self, scorer, last: bool):
         """A context for one backward pass of several: DDP adds up over the processes in the last one only."""

@@ -33,7 +33,7 @@ def plan(s: Settings, processes: int) -> str:
     try:
         with torch.device("meta"):
             model = fresh_model(config, torch.bfloat16 if s.dtype == "bf16" else torch.float32, s).eval()
-        by_part, peak = memory(s, model, processes)
+        by_part, peak, saved = memory(s, model, processes)
     except Exception as error:          # no causal model, or one whose Python needs more than shapes
         raise UserError(f"--dry_run: {config.model_type}: its training step can't be built without weights ({error_text(error)})") from None
     held = 0 if s.eval_data or not s.eval_rows else rows // held_out_every(rows)
@@ -51,8 +51,10 @@ def plan(s: Settings, processes: int) -> str:
              f"  steps     {steps} of {s.batch_size} prompts" + (f", in {s.iterations} iterations" if s.iterations > 1 else ""),
              f"  tokens    at most {steps * scored / 1e6:.1f} M scored, {written / 1e6:.1f} M written",
              f"  memory    a process, of {processes}, {'cut up with --shard' if s.shard and processes > 1 else 'each with its own copy'}, --dtype {s.dtype}:"]
-    lines += [f"    {name:<44}{size / GIB:8.2f} GiB{size / parameters:8.2f} bytes a parameter" for name, size in by_part.items()]
-    return "\n".join([*lines, f"    {'peak, at most':<44}{peak / GIB:8.2f} GiB"])
+    lines += [f"    {name:<50}{size / GIB:8.2f} GiB{size / parameters:8.2f} bytes a parameter" for name, size in by_part.items()]
+    lines += [f"    {'peak, at most':<50}{peak / GIB:8.2f} GiB",
+              f"  disk      {saved / GIB:.1f} GiB a checkpoint, {s.keep} of them and the one being written; {4 * parameters / GIB:.1f} GiB the model"]
+    return "\n".join(lines)
 
 
 def read_config(s: Settings):
@@ -70,8 +72,9 @@ def count_rows(s: Settings) -> tuple[int, str]:
     return len(selected(s.rows, s.data, read_rows(s.data))), ""
 
 
-def memory(s: Settings, model, processes: int) -> tuple[dict[str, float], float]:
-    """Bytes a process needs, by part, and their peak: what stays, and the larger of scoring and generating."""
+def memory(s: Settings, model, processes: int) -> tuple[dict[str, float], float, float]:
+    """Bytes a process needs, by part, and their peak: what stays, and the larger of scoring and generating. And those of a
+    checkpoint on the disk."""
     parameters = sum(p.numel() for p in model.parameters())
     shares = processes if s.shard else 1
     generates = s.loss != "sft" and s.rejected != "data"
@@ -80,6 +83,7 @@ def memory(s: Settings, model, processes: int) -> tuple[dict[str, float], float]
         parts["EMA model"] = 4
     if s.ref or s.rejected == "iteration":
         parts["reference" if s.loss == "dpo" else "the iteration's start"] = 4
+    saved = (sum(parts.values()) - parts["gradients"]) * parameters
     parts = {name: size * parameters / shares for name, size in parts.items()}
     logits = min(LOGITS_AT_ONCE, 2 * s.max_len * s.micro_batch * model.get_input_embeddings().num_embeddings)
     # Three times the logits of a chunk (themselves, normalised, their gradient), and the gradient of the largest matrix.
@@ -92,9 +96,9 @@ def memory(s: Settings, model, processes: int) -> tuple[dict[str, float], float]
     parts["scoring: activations, logits" + (", layers gathered" if shares > 1 else "")] = scoring
     generating = width * parameters if shares > 1 or s.dtype == "bf16" else 0       # a copy to generate and evaluate with
     if generates:
-        generating += cache(s, model, processes, width)
-    parts["generating: copy of the model, KV cache" if generates else "evaluating: copy of the model"] = generating
-    return parts, sum(parts.values()) - min(scoring, generating)
+        generating += writing(s, model, processes, width)
+    parts["generating: copy of the model, KV cache, prefixes" if generates else "evaluating: copy of the model"] = generating
+    return parts, sum(parts.values()) - min(scoring, generating), saved
 
 
 def activations(s: Settings, model) -> float:
@@ -135,11 +139,14 @@ def gathered(model) -> int:
     return sizes[""] + 2 * max(layers, default=0)
 
 
-def cache(s: Settings, model, processes: int, width: int) -> float:
-    """Bytes of the KV cache of one batch of responses."""
+def writing(s: Settings, model, processes: int, width: int) -> float:
+    """Bytes of one batch of responses: the KV cache, and what a layer makes of the prefixes, which are read a quarter at a time."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     ahead = s.ema_every if s.rejected == "ema" else 1
     rows = s.generate_batch if s.rejected == "iteration" else min(s.generate_batch, -(-s.batch_size // processes) * s.num_rejected * ahead)
-    return 2 * config.num_hidden_layers * rows * s.max_len * heads * size * width
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    tokens = max(4, -(-rows // 4)) * s.max_len
+    layer = tokens * width * (6 * config.hidden_size + 3 * inner + s.max_len)      # the last: their attention mask
+    return 2 * config.num_hidden_layers * rows * s.max_len * heads * size * width + layer

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from support.settings import UserError, error_text, located
 
-LARGEST_ROW = 2_000_000         # bytes; tokenizing what is larger takes minutes, to keep a few thousand tokens of it
+LARGEST_ROW = 2_000_000         # characters; tokenizing what is larger takes minutes, to keep a few thousand tokens of it
 COLUMNS = ("messages", "prompt", "chosen", "rejected", "completion", "conversations", "check")      # those that are looked at
 ROLES = {"human": "user", "gpt": "assistant"}       # ShareGPT's names; others are taken as they are
 
@@ -42,34 +42,36 @@ def read_file(file: Path) -> list[tuple[str, dict | UserError]]:
     except OSError as error:
         raise UserError(f"{file}: can't be read ({error.strerror})") from None
     if file.suffix == ".json" and content.lstrip().startswith(b"["):
-        try:
-            return [(f"{file}, row {i}", check_row(row, f"{file}, row {i}", 0)) for i, row in enumerate(json.loads(content), 1)]
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file}: not UTF-8 at byte {error.start}; convert it first") from None
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file}, line {error.lineno}: not JSON ({error.msg})") from None
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{file}: not rows ({error})") from None
-    rows = []
-    for i, line in enumerate(content.split(b"\n"), 1):
-        where = f"{file}, line {i}"
-        if line.strip():
-            try:
-                rows.append((where, check_row(json.loads(line.decode("utf-8")), where, len(line))))
-            except UnicodeDecodeError as error:
-                rows.append((where, UserError(f"{where}: not UTF-8 at byte {error.start} of the line; convert it first")))
-            except json.JSONDecodeError as error:
-                rows.append((where, UserError(f"{where}: not JSON ({error.msg})")))
-            except (ValueError, RecursionError) as error:       # a number of thousands of digits, brackets in brackets
-                rows.append((where, UserError(f"{where}: not a row ({error})")))
-    return rows
+        found = parsed(content, f"{file}")
+        if isinstance(found, UserError):
+            raise found
+        rows = [(f"{file}, row {i}", row) for i, row in enumerate(found, 1)]
+    else:
+        lines = ((f"{file}, line {i}", line) for i, line in enumerate(content.split(b"\n"), 1) if line.strip())
+        rows = [(where, parsed(line, where)) for where, line in lines]
+    return [(where, check_row(row, where)) for where, row in rows]
 
 
-def check_row(row, where: str, size: int) -> dict | UserError:
-    if size > LARGEST_ROW:
-        return UserError(f"{where}: {size / 1e6:.1f} MB in one row, more than a conversation can have ({LARGEST_ROW / 1e6:.0f} MB); split it")
+def parsed(text: bytes, where: str):
+    """JSON as Python has it, or the UserError that says what is wrong with it."""
+    try:
+        return json.loads(text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return UserError(f"{where}: not UTF-8 at byte {error.start}; convert it first")
+    except json.JSONDecodeError as error:
+        return UserError(f"{where}: not JSON at character {error.pos} ({error.msg})")
+    except (ValueError, RecursionError) as error:       # a number of thousands of digits, brackets in brackets
+        return UserError(f"{where}: not rows ({error})")
+
+
+def check_row(row, where: str) -> dict | UserError:
+    if isinstance(row, UserError):
+        return row
     if not isinstance(row, dict):
         return UserError(f"{where}: expected an object with `messages` or `prompt` and `chosen`, found {type(row).__name__}")
+    size = len(repr(row))
+    if size > LARGEST_ROW:
+        return UserError(f"{where}: {size / 1e6:.1f} MB in one row, more than a conversation can have ({LARGEST_ROW / 1e6:.0f} MB); split it")
     return row
 
 

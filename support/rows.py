@@ -50,12 +50,13 @@ class Tokenize:
     behind it; messages go through the chat template. Special tokens spelled out in a response are taken as plain text.
     """
 
-    def __init__(self, tokenizer, max_prompt_len: int, max_len: int, use_rejected: bool = True):
-        """use_rejected: False leaves the rejected column unread. Raises UserError when there is no end token."""
+    def __init__(self, tokenizer, max_prompt_len: int, max_len: int, use_rejected: bool = True, known_ids: int | None = None):
+        """use_rejected: False leaves the rejected column unread. known_ids: how many the model's embedding has; a tokenizer
+        may have more, which go unused (none: not looked at). Raises UserError when there is no end token."""
         if tokenizer.eos_token_id is None:
             raise UserError("the tokenizer has no EOS token: set eos_token in its tokenizer_config.json")
         self.tokenizer, self.max_prompt_len, self.max_len, self.use_rejected = tokenizer, max_prompt_len, max_len, use_rejected
-        self.roles_tried = set()
+        self.known_ids, self.roles_tried = known_ids, set()
         self.turn_end, self.turn_tail = tokenizer.eos_token_id, ""
         if tokenizer.chat_template:
             self.turn_end, self.turn_tail = self._end_of_turn()
@@ -120,6 +121,9 @@ class Tokenize:
             raise UserError(f"{where}: the prompt has no tokens")
         cut = self._cut_prompt(ids)
         chosen_ids, rejected_ids = (a and a[:self.max_len - len(cut)] for a in answers)
+        largest = max(*cut, *chosen_ids, *(rejected_ids or []))
+        if self.known_ids and largest >= self.known_ids:
+            raise UserError(f"{where}: the tokenizer gives id {largest}, the model's embedding has {self.known_ids} entries; they do not belong together")
         return Row(cut, chosen_ids, rejected_ids, number, row.get("check") or None,
                    self.tokenizer.decode(chosen_ids, skip_special_tokens=True), len(ids) > len(cut))
 
@@ -137,7 +141,7 @@ class Tokenize:
         full = self._render(prompt + [{"role": "assistant", "content": answer}], False, where)
         if not full.startswith(text):
             return self._plain(answer)
-        before, said, after = full[len(text):].removesuffix(self.turn_tail).partition(answer.strip())
+        before, said, after = full[len(text):].removesuffix(self.turn_tail).rpartition(answer.strip())
         if not (before + after).strip():        # nothing but the answer, and spaces it may have merged with
             return self._plain(before + said + after)
         before, after = (self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after))

@@ -3,6 +3,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import re
 import shlex
@@ -33,9 +34,9 @@ class RunFailed(UserError):
     status = 4
 
 
-def setting(default, comment, choices=None, several=False):
-    """One field: its default, the comment that --help shows, and what it may be. several: one value an iteration."""
-    return field(default=default, metadata={"comment": comment, "choices": choices, "several": several})
+def setting(default, comment, choices=None, several=False, low=None, high=None):
+    """One field: its default, the comment that --help shows, and what it may be, bounds included. several: one value an iteration."""
+    return field(default=default, metadata={"comment": comment, "choices": choices, "several": several, "low": low, "high": high})
 
 
 @dataclass
@@ -53,67 +54,67 @@ class Settings:
     chat_template: str = setting(None, "replace the tokenizer's chat template (paper, Appendix B)", ["chatml", "vicuna"])
     random_init: bool = setting(False, "start from random weights: --model needs only a config.json and a tokenizer")
     max_len: int = setting(2048, "longest prompt and response together, in tokens, or what the model's positions allow; a longer "
-                           "response loses its end")
-    max_prompt_len: int = setting(None, "longest prompt in tokens; a longer one loses its start (none: 7/8 of max_len)")
+                           "response loses its end", low=1)
+    max_prompt_len: int = setting(None, "longest prompt in tokens; a longer one loses its start (none: 7/8 of max_len)", low=1)
     # the method
     loss: str = setting("orpo", "what the policy learns from", ["orpo", "dpo", "sft"])
     rejected: str = setting("ema", "who writes the rejected response: the EMA model (SAPO), the policy (on-policy), the "
                             "policy of an iteration's start (SPIN), or the data's own column", ["ema", "policy", "iteration", "data"])
-    segment_len: int = setting(256, "N_seg, tokens of B; 0 rewrites the whole response")
-    num_rejected: int = setting(1, "rewrites of each chosen response")
+    segment_len: int = setting(256, "N_seg, tokens of B; 0 rewrites the whole response", low=0)
+    num_rejected: int = setting(1, "rewrites of each chosen response", low=1)
     buffer_size: int = setting(None, "pairs in the replay buffer, over all processes; 0 trains on what was just generated "
-                               "(none: 2000 with --rejected ema or policy, else 0)")
+                               "(none: 2000 with --rejected ema or policy, else 0)", low=0)
     skip_identical: bool = setting(False, "leave pairs with B' = B out")
     beta: float = setting(None, "DPO: pull towards the reference (none: 0.1)", several=True)
-    label_smoothing: float = setting(0.0, "DPO: assumed share of pairs that are the wrong way round")
-    lam: float = setting(0.05, "ORPO: weight of the odds ratio term")
+    label_smoothing: float = setting(0.0, "DPO: assumed share of pairs that are the wrong way round", low=0, high=1)
+    lam: float = setting(0.05, "ORPO: weight of the odds ratio term", low=0)
     nll_on: str = setting("response", "ORPO, SFT: tokens of the supervised term; 'prompt' adds the prompt", ["response", "prompt"])
     ref: str = setting(None, "DPO: what the reference is refreshed with (none: ema where --rejected generates, else fixed)",
                        ["fixed", "policy", "ema"])
-    ref_every: int = setting(108, "DPO: optimizer steps between refreshes of the reference")
-    ema_decay: float = setting(0.5, "alpha of Eq. 6")
-    ema_every: int = setting(2, "optimizer steps between refreshes of the EMA model")
-    iterations: int = setting(None, "SPIN: iterations, each with a fresh optimizer (none: 4 with --rejected iteration)")
+    ref_every: int = setting(108, "DPO: optimizer steps between refreshes of the reference", low=1)
+    ema_decay: float = setting(0.5, "alpha of Eq. 6", low=0, high=1)
+    ema_every: int = setting(2, "optimizer steps between refreshes of the EMA model", low=1)
+    iterations: int = setting(None, "SPIN: iterations, each with a fresh optimizer (none: 4 with --rejected iteration)", low=1)
     # generation
-    temperature: float = setting(0.7, "sampling temperature; 0 is greedy")
-    top_k: int = setting(50, "sample among the k best tokens; 0: all")
-    top_p: float = setting(0.95, "sample among the best tokens that hold this much probability")
-    max_new_tokens: int = setting(256, "longest answer where the whole response is written, in training and evaluation")
+    temperature: float = setting(0.7, "sampling temperature; 0 is greedy", low=0)
+    top_k: int = setting(50, "sample among the k best tokens; 0: all", low=0)
+    top_p: float = setting(0.95, "sample among the best tokens that hold this much probability", low=0, high=1)
+    max_new_tokens: int = setting(256, "longest answer where the whole response is written, in training and evaluation", low=1)
     segment_eos: str = setting("stop", "an end token in B' ends the response, or is forbidden there", ["stop", "forbid"])
     # optimization
     epochs: float = setting(4.0, "passes over the data (SPIN: in each iteration)")
-    steps: int = setting(None, "optimizer steps in all; overrides --epochs")
-    batch_size: int = setting(64, "pairs an optimizer step, over all processes")
-    micro_batch: int = setting(8, "pairs scored at a time in one process; lower it when scoring runs out of memory")
-    generate_batch: int = setting(64, "responses generated at a time in one process; lower it when generating runs out of memory")
+    steps: int = setting(None, "optimizer steps in all; overrides --epochs", low=1)
+    batch_size: int = setting(64, "pairs an optimizer step, over all processes", low=1)
+    micro_batch: int = setting(8, "pairs scored at a time in one process; lower it when scoring runs out of memory", low=1)
+    generate_batch: int = setting(64, "responses generated at a time in one process; lower it when generating runs out of memory", low=1)
     lr: float = setting(None, "learning rate (none: the paper's 5e-6 for orpo, 5e-7 for dpo, 2e-5 for sft)", several=True)
     optimizer: str = setting("adamw", "optimizer", ["adamw", "rmsprop"])
     schedule: str = setting("linear", "course of the learning rate after the warm-up", ["linear", "cosine", "inverse_sqrt", "constant"])
-    warmup: float = setting(0.1, "warm-up in steps, or as a share of all steps where below 1")
-    weight_decay: float = setting(0.0, "weight decay")
-    max_grad_norm: float = setting(1.0, "clip the gradient's norm to this; 0: do not")
+    warmup: float = setting(0.1, "warm-up in steps, or as a share of all steps where below 1", low=0)
+    weight_decay: float = setting(0.0, "weight decay", low=0)
+    max_grad_norm: float = setting(1.0, "clip the gradient's norm to this; 0: do not", low=0)
     dtype: str = setting("fp32", "what is computed in; bf16 keeps weights and optimizer in fp32 and generates from a bf16 copy", ["fp32", "bf16"])
     grad_checkpoint: bool = setting(False, "keep each layer's input only and compute the rest again in backward: less memory, more time")
     shard: bool = setting(False, "several processes: cut policy, EMA model and reference up among them (FSDP2) instead of copying them")
     compile: bool = setting(False, "torch.compile the policy for scoring: faster steps after a slow first one")
-    seed: int = setting(0, "of everything random: order, segments, sampling, drawing, fresh weights")
+    seed: int = setting(0, "of everything random: order, segments, sampling, drawing, fresh weights", low=0, high=2 ** 63 - 1)
     # watching
-    eval_every: int = setting(0, "steps between evaluations besides those at the start and the end; 0: none between")
-    eval_rows: int = setting(500, "most held-out rows used; 0: no evaluation, and all rows are trained on")
-    print_every: int = setting(50, "steps between printed pairs; 0: never")
+    eval_every: int = setting(0, "steps between evaluations besides those at the start and the end; 0: none between", low=0)
+    eval_rows: int = setting(500, "most held-out rows used; 0: no evaluation, and all rows are trained on", low=0)
+    print_every: int = setting(50, "steps between printed pairs; 0: never", low=0)
     tensorboard: bool = setting(False, "write what metrics.jsonl gets for TensorBoard too, into the output folder (needs the tensorboard package)")
     # surviving
-    save_every: int = setting(0, "steps between checkpoints; 0: only when a signal ends the run")
+    save_every: int = setting(0, "steps between checkpoints; 0: only when a signal ends the run", low=0)
     keep: int = setting(2, "checkpoints kept, the newest ones")
     resume: str = setting(None, "go on with the run in this folder, from its newest checkpoint, or from the checkpoint named; "
                           "its settings apply where no others are given")
-    max_bad_steps: int = setting(5, "steps in a row without a finite loss and gradient after which the run stops")
-    threads: int = setting(None, "CPU threads of each process (none: the cores, shared evenly)")
+    max_bad_steps: int = setting(5, "steps in a row without a finite loss and gradient after which the run stops", low=1)
+    threads: int = setting(None, "CPU threads of each process (none: the cores, shared evenly)", low=1)
     # planning
     dry_run: bool = setting(False, "print parameters, steps, tokens and memory of the run, and stop; needs neither weights nor data nor a GPU")
     plan_config: str = setting(None, "dry run: config.json with the model's shape, where the model itself is not at hand")
-    plan_rows: int = setting(None, "dry run: number of rows, where the data is not at hand")
-    plan_processes: int = setting(None, "dry run: processes to plan for (none: those that torchrun started)")
+    plan_rows: int = setting(None, "dry run: number of rows, where the data is not at hand", low=1)
+    plan_processes: int = setting(None, "dry run: processes to plan for (none: those that torchrun started)", low=1)
 
 
 def parse(argv: list[str]) -> Settings:
@@ -122,7 +123,10 @@ def parse(argv: list[str]) -> Settings:
     Exits with status 2 and a usage line on a misspelled flag (argparse); raises UserError on what makes no sense.
     """
     parser = make_parser()
-    given = vars(parser.parse_args(argv))
+    try:
+        given = vars(parser.parse_args(argv))
+    except ValueError as error:         # argparse sees to its own; these come from reading a file of flags
+        raise UserError(f"{' '.join(word for word in argv if word.startswith('@'))}: not a file of flags ({error})") from None
     if "resume" in given:
         return parse_resumed(given)
     defaults = {} if "model" in given else vars(parser.parse_args([f"@{DEMO}"]))
@@ -201,7 +205,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="train.py", usage="train.py [@FILE] [--FLAG VALUE ...]", fromfile_prefix_chars="@", allow_abbrev=False, argument_default=argparse.SUPPRESS,
         description="Self-Augmented Preference Optimization (arXiv 2405.20830). Without --model: the demo. "
                     "@FILE reads flags from a file, see recipes/.")
-    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    parser.convert_arg_line_to_args = split_line
     for f in dataclasses.fields(Settings):
         shown = "" if f.default is None else f" (default {f.default})"
         extra = {"help": f.metadata["comment"] + shown}
@@ -213,6 +217,12 @@ def make_parser() -> argparse.ArgumentParser:
                 extra["nargs"] = "+"
         parser.add_argument(f"--{f.name}", **extra)
     return parser
+
+
+def split_line(line: str) -> list[str]:
+    """A line of a flag file as words; a comment begins with a # that stands first in a word, outside quotes."""
+    found = re.fullmatch(r"""((?:[^'"#]|"[^"]*"|'[^']*'|(?<=\S)#)*)(#.*)?""", line)
+    return shlex.split(found[1] if found else line)
 
 
 def resolve(s: Settings, explicit: set[str]) -> Settings:
@@ -256,20 +266,14 @@ def resolve(s: Settings, explicit: set[str]) -> Settings:
 
 def check_ranges(s: Settings) -> None:
     """Refuse values outside what each setting can be."""
-    for name in ("max_len", "max_prompt_len", "num_rejected", "ref_every", "ema_every", "iterations", "max_new_tokens",
-                 "batch_size", "micro_batch", "generate_batch", "max_bad_steps"):
-        if getattr(s, name) < 1:
-            raise UserError(f"--{name} must be at least 1, not {getattr(s, name)}")
-    for name in ("segment_len", "buffer_size", "lam", "temperature", "top_k", "warmup", "weight_decay", "max_grad_norm",
-                 "eval_every", "eval_rows", "print_every", "seed", "save_every"):
-        if getattr(s, name) < 0:
-            raise UserError(f"--{name} must not be negative, not {getattr(s, name)}")
-    for name in ("ema_decay", "label_smoothing", "top_p"):
-        if not 0 <= getattr(s, name) <= 1:
-            raise UserError(f"--{name} must lie between 0 and 1, not {getattr(s, name)}")
-    for name in ("steps", "threads", "plan_rows", "plan_processes"):
-        if getattr(s, name) is not None and getattr(s, name) < 1:
-            raise UserError(f"--{name} must be at least 1, not {getattr(s, name)}")
+    for f in dataclasses.fields(s):
+        value, low, high = getattr(s, f.name), f.metadata["low"], f.metadata["high"]
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"--{f.name} must be a finite number, not {number}")
+            if number is not None and (low is not None and number < low or high is not None and number > high):
+                allowed = f"at least {low}" if high is None else f"between {low} and {high}"
+                raise UserError(f"--{f.name} must be {allowed}, not {number}")
     if s.epochs <= 0 or min(s.lr) <= 0 or min(s.beta) <= 0:
         raise UserError("--epochs, --lr and --beta must be above 0")
     if s.steps is not None and s.steps < s.iterations:
