@@ -30,7 +30,7 @@ from support.evaluate import Evaluation, batches, column_pair, write_pairs
 from support.models import checkpoint_layers, end_token_ids, load_model, model_card, save_model
 from support.parallel import Stop, World, leave, lost_process, out_of_memory
 from support.plan import plan
-from support.report import Clock, Report, buffer_statistics, header, pair_statistics, peak_memory_mib
+from support.report import Clock, Report, header
 from support.rows import Tokenize, load_data
 from support.shard import Whole
 from support.settings import RowFailed, RunFailed, Settings, Stopped, UserError, as_saved, parse, run_folder
@@ -163,7 +163,7 @@ class Writer:
             self.answers.setdefault(pair.row, []).append(pair)
 
     def __call__(self, step: int) -> list[Pair]:
-        if self.s.rejected in ("ema", "policy") and self.s.loss != "sft":
+        if self.s.generates and self.s.rejected != "iteration":
             if step not in self.ready:
                 self._write_ahead(step)
             return self.ready.pop(step)
@@ -233,7 +233,7 @@ def train(s: Settings, stop: Stop | None = None) -> None:
     # Algorithm 1 line 1: the policy. Lines 2 and 3: the buffer and the EMA model. DPO needs a reference besides.
     policy, whole = world.place(start), Whole(start, world)
     buffer = ReplayBuffer(s.buffer_size // world.size, seed=[DRAW, s.seed, world.rank]) if s.buffer_size else None
-    needs_ema = s.rejected == "ema" and s.loss != "sft" or s.ref == "ema"
+    needs_ema = s.generates and s.rejected == "ema" or s.ref == "ema"
     ema = EMA(policy, s.ema_decay, s.ema_every, copy=world.copy(start)) if needs_ema else None
     frozen = world.copy(start) if s.ref or s.rejected == "iteration" else None
     reference = Scorer(frozen) if s.loss == "dpo" else None
@@ -258,7 +258,7 @@ def train(s: Settings, stop: Stop | None = None) -> None:
     folder = run_folder(s.resume) if s.resume else world.on_main(lambda: new_run_folder(s))
     if s.resume:
         world.say(world.on_main(lambda: take_up(s, done, steps, other)))
-    report = Report(asked, world, folder, steps, done, s.tensorboard)
+    report = Report(s, asked, world, folder, steps, done, rows, tokenizer, ends)
     report.say(header(s, world, start, rows, held, steps, folder))
     tally["before"] = tally["before"] or evaluate(policy)
 
@@ -305,17 +305,9 @@ def train(s: Settings, stop: Stop | None = None) -> None:
         clock.lap("update")
 
         record = {"step": step, "epoch": step * s.batch_size / len(rows), **means, "lr": lr, "grad_norm": grad_norm, "skipped": tally["skipped"]}
-        if write.model is not None:
-            record |= world.means(pair_statistics(new, rows, tokenizer, ends, s.segment_len))
-        if buffer is not None:
-            record |= world.means(buffer_statistics(buffer, pairs, step)) | {"buffer_size": world.sum([len(buffer)])[0]}
-        record |= clock.laps | {"seconds": sum(clock.laps.values()), "peak_memory_mib": peak_memory_mib(world.device)}
         if s.eval_every and step % s.eval_every == 0 and step < steps:
             record |= report.evaluation(step, evaluate(policy))
-        report.step(record)
-        if s.print_every and (step - 1) % s.print_every == 0 and write.model is not None:
-            shown = next((pair for pair in new if pair.chosen != pair.rejected), new[0])
-            report.pair(shown, tokenizer, ends, s.segment_len)
+        report.step(record, new, pairs, buffer, clock)
 
         if tally["bad_in_a_row"] >= s.max_bad_steps:
             report.close()

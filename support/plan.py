@@ -38,12 +38,11 @@ def plan(s: Settings, processes: int) -> str:
         raise UserError(f"--dry_run: {config.model_type}: its training step can't be built without weights ({error_text(error)})") from None
     held = 0 if s.eval_data or not s.eval_rows else rows // held_out_every(rows)
     steps = s.steps or math.ceil(s.epochs * (rows - held) / s.batch_size) * s.iterations
-    generates = s.loss != "sft" and s.rejected != "data"
-    scored = s.batch_size * (s.num_rejected if generates and not s.buffer_size else 1) * (s.max_len if s.loss == "sft" else 2 * s.max_len)
+    scored = s.batch_size * (s.num_rejected if s.generates and not s.buffer_size else 1) * (s.max_len if s.loss == "sft" else 2 * s.max_len)
     new = min(s.segment_len or s.max_new_tokens, s.max_len) * s.num_rejected
     in_iteration = min(rows - held, math.ceil(steps / s.iterations) * s.batch_size)
     answered = s.iterations * in_iteration if s.rejected == "iteration" else steps * s.batch_size
-    written = answered * new if generates else 0
+    written = answered * new if s.generates else 0
     parameters = sum(p.numel() for p in model.parameters())
     lines = [f"dry run: {method(s)}",
              f"  model     {s.model}: {type(model).__name__}, {parameters / 1e6:.2f} M parameters",
@@ -77,9 +76,8 @@ def memory(s: Settings, model, processes: int) -> tuple[dict[str, float], float,
     checkpoint on the disk."""
     parameters = sum(p.numel() for p in model.parameters())
     shares = processes if s.shard else 1
-    generates = s.loss != "sft" and s.rejected != "data"
     parts = {"policy": 4, "gradients": 4, f"optimizer ({s.optimizer})": 4 if s.optimizer == "rmsprop" else 8}
-    if generates and s.rejected == "ema" or s.ref == "ema":
+    if s.generates and s.rejected == "ema" or s.ref == "ema":
         parts["EMA model"] = 4
     if s.ref or s.rejected == "iteration":
         parts["reference" if s.loss == "dpo" else "the iteration's start"] = 4
@@ -95,9 +93,9 @@ def memory(s: Settings, model, processes: int) -> tuple[dict[str, float], float,
         scoring += 2 * parameters           # autocast keeps the weights it casts until backward is through
     parts["scoring: activations, logits" + (", layers gathered" if shares > 1 else "")] = scoring
     generating = width * parameters if shares > 1 or s.dtype == "bf16" else 0       # a copy to generate and evaluate with
-    if generates:
+    if s.generates:
         generating += writing(s, model, processes, width)
-    parts["generating: copy of the model, KV cache, prefixes" if generates else "evaluating: copy of the model"] = generating
+    parts["generating: copy of the model, KV cache, prefixes" if s.generates else "evaluating: copy of the model"] = generating
     return parts, sum(parts.values()) - min(scoring, generating), saved
 
 

@@ -18,26 +18,37 @@ from support.settings import method
 class Report:
     """Header, progress line, metrics.jsonl, printed pairs and the closing table; silent but on rank 0."""
 
-    def __init__(self, settings: dict, world, folder: Path, steps: int, done: int = 0, tensorboard: bool = False):
-        """settings: as they were asked for, for settings.json. done: steps already taken, by the run that is resumed."""
-        self.world, self.folder = world, folder
+    def __init__(self, settings, asked: dict, world, folder: Path, steps: int, done: int, rows, tokenizer, ends: list[int]):
+        """asked: the settings as they were asked for, for settings.json. done: steps already taken, by the run that is
+        resumed. rows: those that pairs are made of."""
+        self.settings, self.world, self.folder, self.rows, self.tokenizer, self.ends = settings, world, folder, rows, tokenizer, ends
         self.bar = tqdm(total=steps, initial=done, unit="step", disable=not world.is_main, dynamic_ncols=True,
                         mininterval=0.5 if sys.stderr.isatty() else 15)         # a log file wants fewer lines
         self.file = self.board = None
-        if world.is_main and tensorboard:
+        if world.is_main and settings.tensorboard:
             from torch.utils.tensorboard import SummaryWriter       # not a requirement
             self.board = SummaryWriter(folder / "tensorboard", purge_step=done + 1)     # a resumed run writes these again
         if world.is_main:
             self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8")
-            write_json(folder / "settings.json", settings)
+            write_json(folder / "settings.json", asked)
 
     def say(self, text: str = "") -> None:
         if self.world.is_main:
             self.bar.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def step(self, record: dict) -> None:
-        """One flat line in metrics.jsonl, and the progress line moved on."""
+    def step(self, record: dict, new: list, drawn: list, buffer, clock) -> None:
+        """One flat line in metrics.jsonl, the progress line moved on, and now and then a pair shown. All processes together.
+
+        record: what training knows of the step; statistics of the pairs that are new and of those drawn from the buffer
+        (None where there is none), times and memory are added to it.
+        """
+        s = self.settings
+        if s.generates:
+            record |= self.world.means(pair_statistics(new, self.rows, self.tokenizer, self.ends, s.segment_len))
+        if buffer is not None:
+            record |= self.world.means(buffer_statistics(buffer, drawn, record["step"])) | {"buffer_size": self.world.sum([len(buffer)])[0]}
+        record |= clock.laps | {"seconds": sum(clock.laps.values()), "peak_memory_mib": peak_memory_mib(self.world.device)}
         if self.world.is_main:
             self.file.write(json.dumps({name: value if math.isfinite(value) else None for name, value in record.items()}) + "\n")
             self.file.flush()
@@ -45,11 +56,13 @@ class Report:
                 self.board.add_scalar(name, value, record["step"])
             self.bar.set_postfix_str(f"loss {record['loss']:.4f}", refresh=False)
             self.bar.update()
+        if s.generates and s.print_every and (record["step"] - 1) % s.print_every == 0:
+            self.pair(next((pair for pair in new if pair.chosen != pair.rejected), new[0]))
 
-    def pair(self, pair, tokenizer, ends: list[int], segment_len: int) -> None:
+    def pair(self, pair) -> None:
         """Print a pair with A, B, B' and C told apart."""
-        a, b, b_new, c, cut = parts(pair, ends, segment_len)
-        x, a, b_text, b_new_text, c_text = (printable(tokenizer.decode(ids)) for ids in (pair.prompt[-120:], a, b, b_new, c))
+        a, b, b_new, c, cut = parts(pair, self.ends, self.settings.segment_len)
+        x, a, b_text, b_new_text, c_text = (printable(self.tokenizer.decode(ids)) for ids in (pair.prompt[-120:], a, b, b_new, c))
         self.say(f"\nstep {pair.step}, row {pair.row}\n  x  {x}\n  A  {a}\n  B  {b_text}\n"
                  f"  B' {b_new_text}{'   (the same)' if b == b_new else ''}\n"
                  f"  C  {c_text}{'   (dropped: the response ended in B)' if cut and c else ''}")

@@ -116,6 +116,11 @@ class Settings:
     plan_rows: int = setting(None, "dry run: number of rows, where the data is not at hand", low=1)
     plan_processes: int = setting(None, "dry run: processes to plan for (none: those that torchrun started)", low=1)
 
+    @property
+    def generates(self) -> bool:
+        """Does a model write the rejected responses?"""
+        return self.loss != "sft" and self.rejected != "data"
+
 
 def parse(argv: list[str]) -> Settings:
     """Command line -> resolved settings. Without --model the demo's recipe applies first, as defaults.
@@ -231,12 +236,11 @@ def resolve(s: Settings, explicit: set[str]) -> Settings:
         if flag in explicit and getattr(s, flag) not in (None, 0) and when:
             raise UserError(f"--{flag} {getattr(s, flag)} makes no sense with {why}")
 
-    generates = s.loss != "sft" and s.rejected != "data"
     refuse("rejected", s.loss == "sft" and s.rejected != "data", "--loss sft, which trains on chosen responses alone")
     refuse("buffer_size", s.loss == "sft", "--loss sft, which has no pairs to store")
     refuse("buffer_size", s.rejected == "data", "--rejected data: the pairs are all there from the start")
     refuse("buffer_size", s.rejected == "iteration", "--rejected iteration (SPIN), which writes all answers at the start of an iteration")
-    refuse("num_rejected", not generates and s.num_rejected > 1, "--loss sft or --rejected data, which generate nothing")
+    refuse("num_rejected", not s.generates and s.num_rejected > 1, "--loss sft or --rejected data, which generate nothing")
     refuse("iterations", s.rejected != "iteration" and s.iterations != 1, "anything but --rejected iteration (SPIN)")
     refuse("ref", s.loss != "dpo", f"--loss {s.loss}, which needs no reference model")
     refuse("ref", s.rejected == "iteration", "--rejected iteration (SPIN): the reference is the policy of the iteration's start")
@@ -244,14 +248,14 @@ def resolve(s: Settings, explicit: set[str]) -> Settings:
     if s.rejected == "iteration" and "segment_len" not in explicit:
         s.segment_len = 0           # SPIN writes whole responses
     s.iterations = (s.iterations or 4) if s.rejected == "iteration" else 1
-    if not generates or s.rejected == "iteration":
+    if not s.generates or s.rejected == "iteration":
         s.buffer_size = 0
     elif s.buffer_size is None:
         s.buffer_size = 2000
     if s.loss != "dpo" or s.rejected == "iteration":
         s.ref = None
     elif s.ref is None:
-        s.ref = "ema" if generates else "fixed"
+        s.ref = "ema" if s.generates else "fixed"
     if s.max_prompt_len is None:
         s.max_prompt_len = s.max_len * 7 // 8
     for name, default in (("lr", {"orpo": 5e-6, "dpo": 5e-7, "sft": 2e-5}[s.loss]), ("beta", 0.1)):
