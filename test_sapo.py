@@ -50,7 +50,7 @@ from support.parallel import Stop, World
 from support.plan import activations, memory, plan
 from support.report import ended_early, pair_statistics, parts, printable
 from support.read import read_rows, split_row
-from support.rows import Row, Rows, Tokenize, load_data, passes
+from support.rows import Row, Tokenize, load_data, passes
 from support.settings import RowFailed, RunFailed, Settings, Stopped, UserError, located, make_parser, parse
 
 HERE = Path(__file__).parent

@@ -5,7 +5,6 @@ weights nor data nor a network is needed: a config.json and a number of rows wil
 """
 import math
 from collections import Counter
-from pathlib import Path
 from unittest import mock
 
 import torch
