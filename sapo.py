@@ -118,7 +118,7 @@ class KVCache:
     A token's column is its position, so rows of different lengths need no left padding: columns beyond a row's own
     position hold leftovers, which the mask hides until the row gets there and overwrites them.
     """
-    is_compileable = False      # what some models of transformers 5.0 ask their cache
+    is_compileable, is_initialized = False, True        # what some models of transformers 5.0 ask their cache
 
     def __init__(self, rows: int, capacity: int):
         self.rows, self.capacity = rows, capacity       # capacity: columns
