@@ -688,9 +688,11 @@ def test_flag_files(tmp_path):
     """In a flag file # begins a comment where it stands first in a word, outside quotes; an open quote or bytes that are no
     text are refused with a sentence."""
     file = tmp_path / "flags.txt"
-    file.write_text("# the user's own\n--model m  # not \"n\"\n--data d#1.jsonl --out 'a # b'\n\n  #--seed 3\n--chat_template\tvicuna\t#x\n")
+    file.write_text("# the user's own\n--model m  # not \"n\"\n--data d#1.jsonl --out 'a # b'\n\n  #--seed 3\n--chat_template\tvicuna\t#x\n"
+                    '--eval_data "a\\"b" # c\n--plan_config it\\\'s # the user\'s\n')
     s = parse([f"@{file}"])
     assert (s.model, s.data, s.out, s.seed, s.chat_template) == ("m", "d#1.jsonl", "a # b", 0, "vicuna")
+    assert (s.eval_data, s.plan_config) == ('a"b', "it's")
     for content in (b"--model it's\n", b"--model \xff\xfe\n"):
         file.write_bytes(content)
         with pytest.raises(UserError, match="flags.txt: not a file of flags"):
@@ -976,8 +978,10 @@ def test_rows_are_tokenized_when_asked_for(tokenizer, tmp_path):
     file.write_text("\n".join([*lines, "[1]"]))
     with pytest.raises(UserError, match="line 30001"):
         load_data(parse(["--model", "m", "--data", str(file)]), tokenize)
-    with pytest.raises(UserError, match="gives id .* the model's embedding has 5 entries"):
-        Tokenize(tokenizer, 100, 200, known_ids=5)({"prompt": "q", "chosen": "a"}, "here", 0)
+    file.write_text("\n".join(lines))
+    with pytest.raises(UserError, match="gives id .* the model's embedding has 5 entries; they do not belong together$") as error:
+        load_data(parse(["--model", "m", "--data", str(file), "--eval_rows", "0"]), Tokenize(tokenizer, 100, 200, use_rejected=False, known_ids=5))
+    assert error.value.status == 2
 
 
 def test_string_rows(tokenizer):
@@ -1049,7 +1053,7 @@ def test_a_row_too_long_is_named_in_a_list_too(tmp_path):
     file = tmp_path / "rows.json"
     file.write_text(json.dumps([{"prompt": "a", "chosen": "b"}, {"prompt": "a", "chosen": "b" * 3_000_000}]))
     rows = [row for _, row in read_rows(str(file))]
-    assert rows[0] == {"prompt": "a", "chosen": "b"} and "row 2: 3.0 MB" in str(rows[1])
+    assert rows[0] == {"prompt": "a", "chosen": "b"} and "row 2: 3.0 million" in str(rows[1])
 
 
 def test_chosen_text_is_what_is_trained_on(tokenizer):
@@ -1573,14 +1577,16 @@ def test_two_processes_equal_one(tiny_run, tmp_path):
         assert torch.allclose(a, b, atol=1e-5)
 
 
-def test_more_processes_than_gpus_are_refused(monkeypatch):
-    """--nproc_per_node 2 on a machine with one GPU: a sentence."""
+def test_more_processes_than_gpus_are_refused(monkeypatch, capsys):
+    """--nproc_per_node 2 on a machine with one GPU: a sentence, and exit status 2."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}.items():
         monkeypatch.setenv(name, str(value))
-    with pytest.raises(UserError, match="2 processes on this machine, which has 1 GPU"):
-        World()
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as end:
+        train.main()
+    assert end.value.code == 2 and "2 processes on this machine, which has 1 GPU" in capsys.readouterr().err
 
 
 def test_a_vision_tower_is_left_alone(tiny_run, tmp_path):
@@ -2259,10 +2265,10 @@ CHAT = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "
     ('{"messages": [{"role": "judge", "content": "a"}, {"role": "assistant", "content": "b"}]}', "--model STRICT", ["line 1", "template refuses"]),
     (CHAT.replace("hi", "hi " * 300) * 3, "--max_len 40 --max_prompt_len 30", ["every prompt", "--max_prompt_len"]),
     (CHAT, "--model BARE", ["line 1", "the tokenizer has none", "--chat_template"]), (GOOD, "--rejected data", ["line 1", "rejected"]),
-    (CHAT * 60, "--model WIDE", ["embedding has 50"]), (CHAT, "--model ENDLESS", ["no EOS"]), (CHAT, "--batch_size 16 --buffer_size 8", ["smaller than"]),
+    (CHAT * 60, "--model WIDE", ["embedding has 50"]), (CHAT * 60, "--model WIDE --skip_bad_rows", ["embedding has 50"]), (CHAT, "--model ENDLESS", ["no EOS"]), (CHAT, "--batch_size 16 --buffer_size 8", ["smaller than"]),
     (CHAT, "--segment_len -3", ["segment_len"]), (CHAT, "--segmentlen 3", ["unrecognized"]), (CHAT, "--model EMPTY", ["not a causal"]),
     (CHAT, "--model BERT", ["not a causal"]), (CHAT, "--model HALF", ["not a causal"]), (CHAT, "--model OTHER", ["not a causal"]), (GOOD.encode() + b'{"prompt": "\xff"}\n', "", ["line 2", "UTF-8"]),
-    (GOOD + '{"prompt": "a", "chosen": "' + "b" * 10_000_000 + '"}\n', "", ["line 2", "MB"]), (CHAT, "--keep 1", ["keep"]), (CHAT, "--resume nowhere", ["no run there"]),
+    (GOOD + '{"prompt": "a", "chosen": "' + "b" * 10_000_000 + '"}\n', "", ["line 2", "10.0 million"]), (CHAT, "--keep 1", ["keep"]), (CHAT, "--resume nowhere", ["no run there"]),
 ])
 def test_bad_input_gets_one_sentence(content, flags, words, tiny_run, tmp_path, capsys, monkeypatch):
     """Bad input: exit status 2, one sentence on stderr with what, where and what to do, no traceback, no output folder."""

@@ -24,7 +24,7 @@ class World:
         self.sharded, self.dtype = shard and self.size > 1, dtype
         local, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if torch.cuda.is_available():
-            if local >= torch.cuda.device_count():
+            if local_size > torch.cuda.device_count():
                 raise UserError(f"{local_size} processes on this machine, which has {torch.cuda.device_count()} GPUs; lower --nproc_per_node")
             self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)

@@ -71,7 +71,7 @@ def check_row(row, where: str) -> dict | UserError:
         return UserError(f"{where}: expected an object with `messages` or `prompt` and `chosen`, found {type(row).__name__}")
     size = len(repr(row))
     if size > LARGEST_ROW:
-        return UserError(f"{where}: {size / 1e6:.1f} MB in one row, more than a conversation can have ({LARGEST_ROW / 1e6:.0f} MB); split it")
+        return UserError(f"{where}: {size / 1e6:.1f} million characters in one row, more than a conversation can have ({LARGEST_ROW / 1e6:.0f} million); split it")
     return row
 
 

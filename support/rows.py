@@ -17,6 +17,10 @@ VICUNA = ("{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + mes
           "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}")
 
 
+class WrongTokenizer(UserError):
+    """The tokenizer gives ids that the model has no embedding for."""
+
+
 @dataclass
 class Row:
     """One tokenized row. prompt, chosen, rejected: token ids (rejected None where there is none).
@@ -123,7 +127,7 @@ class Tokenize:
         chosen_ids, rejected_ids = (a and a[:self.max_len - len(cut)] for a in answers)
         largest = max(*cut, *chosen_ids, *(rejected_ids or []))
         if self.known_ids and largest >= self.known_ids:
-            raise UserError(f"{where}: the tokenizer gives id {largest}, the model's embedding has {self.known_ids} entries; they do not belong together")
+            raise WrongTokenizer(f"{where}: the tokenizer gives id {largest}, the model's embedding has {self.known_ids} entries; they do not belong together")
         return Row(cut, chosen_ids, rejected_ids, number, row.get("check") or None,
                    self.tokenizer.decode(chosen_ids, skip_special_tokens=True), len(ids) > len(cut))
 
@@ -171,7 +175,7 @@ class Rows(Sequence):
     def __init__(self, sources: list[Source], tokenize: Tokenize):
         self.sources, self.tokenize = sources, tokenize
         self.places = {source.number: place for place, source in enumerate(sources)}
-        self._row = functools.lru_cache(KEPT)(self._tokenized)
+        self._row = functools.lru_cache(KEPT)(self._due)
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -181,20 +185,26 @@ class Rows(Sequence):
             raise IndexError(place)
         return self._row(place)
 
-    def _tokenized(self, place: int) -> Row:
-        source = self.sources[place]
+    def _due(self, place: int) -> Row:
         try:
-            return source.row or self.tokenize(source.content, source.where, source.number)
+            return self._read(place)
         except UserError as error:
             raise RowFailed(f"{error}; leave this row out of the data, or go on from the last checkpoint with it put right") from None
+
+    def _read(self, place: int) -> Row:
+        source = self.sources[place]
+        return source.row or self.tokenize(source.content, source.where, source.number)
 
     def numbered(self, number: int) -> Row:
         """The row with this number in the data."""
         return self[self.places[number]]
 
     def some(self) -> list[Row]:
-        """All rows, or 500 of them spread over the data where there are more: enough to say how long they are."""
-        return [self[place] for place in range(0, len(self), -(-len(self) // 500))]
+        """All rows, or 500 of them spread over the data where there are more: enough to say how long they are.
+
+        Raises UserError, as it is for a time at which all processes are told of it.
+        """
+        return [self._read(place) for place in range(0, len(self), -(-len(self) // 500))]
 
     def fingerprint(self) -> int:
         """A number that changes when any row does."""
@@ -258,7 +268,7 @@ def usable(path: str, numbered: list, tokenize: Tokenize, skip_bad_rows: bool, s
                 raise UserError(f"{where}: no `rejected` response, which --rejected data needs in every row")
             sources.append(Source(number, where, row, zlib.crc32(str(prompt).encode()), tokenize(row, where, number) if few else None))
         except UserError as error:
-            if not skip_bad_rows:
+            if not skip_bad_rows or isinstance(error, WrongTokenizer):      # that is no row's fault
                 raise
             bad.append(error)
     if bad:

@@ -226,7 +226,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def split_line(line: str) -> list[str]:
     """A line of a flag file as words; a comment begins with a # that stands first in a word, outside quotes."""
-    found = re.fullmatch(r"""((?:[^'"#]|"[^"]*"|'[^']*'|(?<=\S)#)*)(#.*)?""", line)
+    found = re.fullmatch(r"""((?:[^'"#\\]|\\.|"(?:[^"\\]|\\.)*"|'[^']*'|(?<=\S)#)*)(#.*)?""", line)
     return shlex.split(found[1] if found else line)
 
 
