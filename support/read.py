@@ -42,7 +42,7 @@ def read_file(file: Path) -> list[tuple[str, dict | UserError]]:
     except OSError as error:
         raise UserError(f"{file}: can't be read ({error.strerror})") from None
     if file.suffix == ".json" and content.lstrip().startswith(b"["):
-        found = parsed(content, f"{file}")
+        found = parsed(content, str(file))
         if isinstance(found, UserError):
             raise found
         rows = [(f"{file}, row {i}", row) for i, row in enumerate(found, 1)]

@@ -155,7 +155,7 @@ def peak_memory_mib(device) -> float:
 
 def header(settings, world, model, rows, held, steps: int, folder: Path) -> str:
     """What goes into the run: model, data, machine, and every setting."""
-    lengths = [len(row.prompt) + len(row.chosen) for row in rows.some()]
+    lengths = [len(row.prompt) + len(row.chosen) for row in rows.some]
     lines = [f"{method(settings)}: {steps} steps of {settings.batch_size} prompts",
              f"  model     {settings.model}: {type(model).__name__}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters",
              f"  data      {settings.data}: {len(rows)} rows of about {sum(lengths) / len(lengths):.0f} tokens; {len(held)} held out",

@@ -199,6 +199,7 @@ class Rows(Sequence):
         """The row with this number in the data."""
         return self[self.places[number]]
 
+    @functools.cached_property
     def some(self) -> list[Row]:
         """All rows, or 500 of them spread over the data where there are more: enough to say how long they are.
 
@@ -230,7 +231,7 @@ def load_data(settings, tokenize: Tokenize, say=print) -> tuple[Rows, list[Row]]
     if known:
         say(f"warning: {known} of {len(held)} held-out prompts are in the training data too; what is measured on them is memory")
     rows = Rows(sources, tokenize)
-    if all(row.prompt_cut for row in rows.some()):
+    if all(row.prompt_cut for row in rows.some):
         raise UserError(f"{settings.data}: every prompt is longer than the {tokenize.max_prompt_len} tokens there are for it and would lose its start; "
                         "raise --max_prompt_len and --max_len")
     return rows, [with_rejected(tokenize, source) for source in held[:settings.eval_rows]]
