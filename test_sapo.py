@@ -37,7 +37,7 @@ from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, T
 import sapo
 import support.evaluate
 import support.parallel
-import support.rows
+import support.tokenize_rows
 import train
 from buffer import ReplayBuffer
 from ema import EMA
@@ -48,10 +48,13 @@ from support.models import checkpoint_layers, end_token_ids, load_model, model_c
 from support.evaluate import column_pair
 from support.parallel import Stop, World
 from support.plan import activations, memory, plan
-from support.report import ended_early, pair_statistics, parts, printable
-from support.read import read_rows, split_row
-from support.rows import Row, Tokenize, load_data, passes
-from support.settings import RowFailed, RunFailed, Settings, Stopped, UserError, located, make_parser, parse
+from support.errors import printable
+from support.report import ended_early, pair_statistics, parts
+from support.data_formats import read_rows, split_row
+from support.checks import matches_check
+from support.tokenize_rows import Row, Tokenize, load_data
+from support.errors import RowFailed, RunFailed, Stopped, UserError
+from support.settings import Settings, located, make_parser, parse
 
 HERE = Path(__file__).parent
 tqdm.set_lock(threading.RLock())    # its own lock is shared with forks, and stays locked for all when its holder is killed
@@ -1062,7 +1065,7 @@ def test_chosen_text_is_what_is_trained_on(tokenizer):
     row = {"prompt": "a b", "chosen": "first 2 + 3 = 5", "check": "[0-9]+"}
     for room in (200, 6):
         found = Tokenize(tokenizer, 100, room)(row, "here", 0)
-        assert passes(row["check"], tokenizer.decode(found.chosen, skip_special_tokens=True), found.chosen_text)
+        assert matches_check(row["check"], tokenizer.decode(found.chosen, skip_special_tokens=True), found.chosen_text)
     assert "5" not in found.chosen_text
 
 
@@ -1114,7 +1117,7 @@ def test_embedded_data(tmp_path, monkeypatch):
     assert len(set(prompts)) == len(prompts)
     for row in rows["train"] + rows["heldout"]:
         chosen, rejected = row["chosen"][0]["content"], row["rejected"][0]["content"]
-        assert len(row["prompt"]) >= 3 and passes(row["check"], chosen, chosen) and not passes(row["check"], rejected, chosen)
+        assert len(row["prompt"]) >= 3 and matches_check(row["check"], chosen, chosen) and not matches_check(row["check"], rejected, chosen)
 
 
 def test_default_segments_have_a_b_and_c():
@@ -1176,8 +1179,8 @@ def test_rows_of_a_file(tmp_path, tokenizer):
 
 
 def test_check_worked_example():
-    """passes(): every match counts, in order."""
-    assert passes("[0-9]+", "2 + 3 = 5.", "2+3=5") and not passes("[0-9]+", "2+3=6", "2+3=5")
+    """matches_check(): every match counts, in order."""
+    assert matches_check("[0-9]+", "2 + 3 = 5.", "2+3=5") and not matches_check("[0-9]+", "2+3=6", "2+3=5")
 
 
 # ------------------------------------------------------------------------------------------------------------- runs

@@ -31,9 +31,10 @@ from support.models import checkpoint_layers, end_token_ids, load_model, model_c
 from support.parallel import Stop, World, leave, lost_process, out_of_memory
 from support.plan import plan
 from support.report import Clock, Report, header
-from support.rows import Tokenize, load_data
+from support.tokenize_rows import Tokenize, load_data
 from support.shard import Whole
-from support.settings import RowFailed, RunFailed, Settings, Stopped, UserError, as_saved, parse, run_folder
+from support.errors import RowFailed, RunFailed, Stopped, UserError
+from support.settings import Settings, as_saved, parse, run_folder
 
 ORDER, REWRITE, ANSWER, DRAW = 1, 2, 3, 4       # random streams, so that no two uses of one seed share their numbers
 

@@ -20,7 +20,8 @@ from sapo import Pair
 from support.parallel import lost_process, out_of_memory
 from support.report import write_json, write_whole
 from support.shard import own_share, whole_state
-from support.settings import RunFailed, Settings, UserError, changes, error_text, located, run_folder, say_changes
+from support.errors import RunFailed, UserError, error_text
+from support.settings import Settings, changes, located, run_folder, say_changes
 
 MANIFEST = "manifest.json"
 OWN_NAMES = ("metrics.jsonl", "settings.json", "summary.json", "checkpoints", "tensorboard", "final")      # what a run puts into its folder

@@ -3,7 +3,8 @@ import numpy as np
 import torch
 
 from sapo import Example, Pair, generate_segments, make_pairs, pair_logps
-from support.rows import Row, passes
+from support.checks import matches_check
+from support.tokenize_rows import Row
 
 
 class Evaluation:
@@ -46,7 +47,7 @@ class Evaluation:
             answers = generate_segments(model, [row.prompt for row in batch], new_tokens(self.settings, batch),
                                         eos_token_id=self.ends, temperature=0)
             texts = self.tokenizer.batch_decode([answer for answer, in answers], skip_special_tokens=True)
-            right += sum(passes(row.check, text, row.chosen_text) for row, text in zip(batch, texts))
+            right += sum(matches_check(row.check, text, row.chosen_text) for row, text in zip(batch, texts))
         return right, len(asked)
 
     def _score(self, model, pairs: list[Pair]) -> list[tuple[Pair, float, float]]:

@@ -9,8 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from support.parallel import out_of_memory
-from support.rows import CHATML, VICUNA
-from support.settings import RunFailed, Settings, UserError, error_text, located, method
+from support.tokenize_rows import CHATML, VICUNA
+from support.errors import RunFailed, UserError, error_text
+from support.settings import Settings, located, method
 
 
 def load_model(settings: Settings, world):

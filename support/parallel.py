@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from support.settings import UserError
+from support.errors import UserError
 from support.shard import sharded_copy, whole_tensor
 
 

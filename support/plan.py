@@ -12,9 +12,10 @@ from transformers import AutoConfig
 
 from sapo import LOGITS_AT_ONCE, Pair, pair_logps
 from support.models import fresh_model
-from support.read import read_rows
-from support.rows import held_out_every, selected
-from support.settings import Settings, UserError, error_text, located, method
+from support.data_formats import read_rows
+from support.tokenize_rows import held_out_every, selected
+from support.errors import UserError, error_text
+from support.settings import Settings, located, method
 
 GIB = 2 ** 30
 

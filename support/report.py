@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from support.rows import passes
+from support.errors import printable
+
+from support.checks import matches_check
 from support.settings import method
 
 
@@ -104,18 +106,13 @@ def ended_early(pair, ends: list[int], segment_len: int) -> bool:
     return len(pair.rejected) <= room and pair.rejected[-1] in ends
 
 
-def printable(text: str) -> str:
-    """Text safe for a terminal on one line: a model may write escape sequences, and they must not act."""
-    return "".join(ch if ch.isprintable() else "\\n" if ch == "\n" else f"\\x{ord(ch):02x}" for ch in text)
-
-
 def pair_statistics(pairs, rows, tokenizer, ends: list[int], segment_len: int) -> dict[str, tuple[float, int]]:
     """Of a batch of new pairs, (sum, count) each: identical (B' = B), ended (B' holds an end token), and worse: of the
     pairs that differ and carry a check, those whose rejected response fails it. rows: the rows they were made of."""
     different = [(pair, rows.numbered(pair.row)) for pair in pairs if pair.chosen != pair.rejected]
     checked = [(pair, row) for pair, row in different if row.check]
     texts = tokenizer.batch_decode([pair.rejected for pair, _ in checked], skip_special_tokens=True)
-    worse = sum(not passes(row.check, text, row.chosen_text) for (_, row), text in zip(checked, texts))
+    worse = sum(not matches_check(row.check, text, row.chosen_text) for (_, row), text in zip(checked, texts))
     return {"identical": (len(pairs) - len(different), len(pairs)), "worse": (worse, len(checked)),
             "ended": (sum(ended_early(pair, ends, segment_len) for pair in pairs), len(pairs))}
 

@@ -10,28 +10,10 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from support.errors import UserError
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEMO = REPOSITORY / "recipes" / "demo.txt"
-
-
-class UserError(Exception):
-    """Something the user can put right: one sentence that says what and how. train.py prints it and exits with `status`."""
-    status = 2
-
-
-class RowFailed(UserError):
-    """A row that proves unusable when its turn comes, on one process alone."""
-    status = 4
-
-
-class Stopped(UserError):
-    """A signal ended the run, after it saved what it had."""
-    status = 3
-
-
-class RunFailed(UserError):
-    """The run can't go on: the disk is full, no step is finite any more, another process is gone."""
-    status = 4
 
 
 def setting(default, comment, choices=None, several=False, low=None, high=None):
@@ -302,8 +284,3 @@ def located(path: str) -> Path:
     """A path as given, or, where there is nothing, the same path beside train.py: recipes work from any folder."""
     here, there = Path(path), REPOSITORY / path
     return there if not here.exists() and there.exists() else here
-
-
-def error_text(error: BaseException) -> str:
-    """The first line of what an error of another library says."""
-    return getattr(error, "strerror", None) or str(error).strip().split("\n")[0] or type(error).__name__

@@ -3,13 +3,14 @@
 A row is one of TRL's formats: `messages`; `prompt` with `chosen` (and `rejected`), as strings or as message lists; or
 `chosen` (and `rejected`) as whole conversations with the prompt implied; TRL's `completion` is read as `chosen`. Besides
 these, ShareGPT's `conversations` (from, value), and HH-RLHF's texts of "Human:" and "Assistant:". The last assistant turn
-is the response, everything before it the prompt. A `check`, if there is one, is a regular expression (see rows.passes).
+is the response, everything before it the prompt. A `check`, if there is one, is a regular expression (see checks.matches_check).
 """
 import json
 import re
 from pathlib import Path
 
-from support.settings import UserError, error_text, located
+from support.errors import UserError, error_text
+from support.settings import located
 
 LARGEST_ROW = 2_000_000         # characters; tokenizing what is larger takes minutes, to keep a few thousand tokens of it
 COLUMNS = ("messages", "prompt", "chosen", "rejected", "completion", "conversations", "check")      # those that are looked at

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from support.read import read_rows, split_row
-from support.settings import RowFailed, UserError
+from support.data_formats import read_rows, split_row
+from support.errors import RowFailed, UserError
 
 KEPT = 20_000           # tokenized rows kept; others are tokenized anew when their turn comes again
 
@@ -25,7 +25,7 @@ class WrongTokenizer(UserError):
 class Row:
     """One tokenized row. prompt, chosen, rejected: token ids (rejected None where there is none).
 
-    number: its place in the data. check and chosen_text: what `passes` takes (check None where there is none);
+    number: its place in the data. check and chosen_text: what `matches_check` takes (check None where there is none);
     chosen_text is the text of `chosen`, so of a response that was cut, what is left of it.
     """
     prompt: list[int]
@@ -35,16 +35,6 @@ class Row:
     check: str | None
     chosen_text: str
     prompt_cut: bool = False
-
-
-def passes(check: str, response: str, chosen: str) -> bool:
-    """Is `response` right? It is when the check, a regular expression, finds in it what it finds in the chosen response.
-
-    All matches count, in their order: every step of a worked answer, not the last number alone.
-
-        check "[0-9]+", chosen "2+3=5", response "2 + 3 = 5."  ->  True        response "2+3=6"  ->  False
-    """
-    return re.findall(check, response) == re.findall(check, chosen)
 
 
 class Tokenize:
