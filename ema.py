@@ -1,58 +1,108 @@
-"""The EMA model of SAPO: a slowly moving copy of the policy that writes the rejected segments. Needs torch alone.
+"""The EMA model of SAPO: a slowly moving copy of the policy, which writes the rejected segments.
 
     ema = EMA(policy, decay=0.5, update_every=2)
     ...
     optimizer.step()
-    ema.update(policy)          # once per optimizer step; the copy moves on every second call
-    generate(ema.model, ...)
+    ema.update(policy)          # once per OPTIMIZER step; the copy moves at every second call
+    generate_segments(ema.model, ...)
+
+The average is taken in the weights' own dtype. Keep them in fp32: in bf16 the step, (1 - decay)
+times the difference, is rounded away when the decay is high, and the EMA model stalls.
+
+Needs torch >= 2.9. MIT licence; from the reference code for SAPO (arXiv 2405.20830).
 """
 import copy as copying
+import functools
+import types
 
 import torch
 from torch import nn
 
 
 class EMA:
-    """Exponential moving average of a model's weights (paper, Eq. 6 and Algorithm 1 lines 3 and 17).
+    """Exponential moving average of a model's weights (Eq. 6; Algorithm 1 lines 3 and 17).
 
-    model: the policy. decay: alpha of Eq. 6; 0 copies the policy, 1 never moves.
-    update_every: optimizer steps between two refreshes (the paper: 2).
-    copy: a copy made elsewhere, for models that can't be deep-copied (sharded ones); it must have the same parameters.
-    Raises ValueError for a decay outside [0, 1] or an update_every below 1.
+    model: the policy. decay: alpha of Eq. 6; 0 follows the policy, 1 never moves.
+    update_every: optimizer steps between two refreshes (2 in the paper).
+    trainable_only: parameters with requires_grad=False, and buffers, are shared with the policy,
+    not copied (for adapters on a frozen or quantised base).
+    copy: a copy of `model` made elsewhere, for models that can't be deep-copied (sharded ones);
+    nothing is shared then.
 
     .model is the averaged model: in eval mode (no dropout), no parameter requires a gradient.
+    Raises ValueError for a decay outside [0, 1], an update_every below 1, a wrapper (DDP, FSDP),
+    and a model whose forward was replaced by a function (as some trainers do): the copy would still
+    run the policy.
 
         decay 0.5, update_every 1, theta_ema 0, theta 1  ->  theta_ema 0.5, then 0.75, then 0.875
     """
 
-    def __init__(self, model: nn.Module, decay: float = 0.5, update_every: int = 2, copy: nn.Module | None = None):
+    def __init__(self, model: nn.Module, decay: float = 0.5, update_every: int = 2,
+                 trainable_only: bool = False, copy: nn.Module | None = None):
         if not 0 <= decay <= 1:
             raise ValueError(f"decay must lie between 0 and 1, not {decay}")
         if update_every < 1:
             raise ValueError(f"update_every must be at least 1, not {update_every}")
+        if hasattr(model, "module"):
+            raise ValueError(f"EMA takes the model inside {type(model).__name__}, not the wrapper")
+        for name, module in model.named_modules():
+            if runs_the_original(vars(module).get("forward")):
+                raise ValueError(f"the forward of {name or 'the model'} was replaced by a function,"
+                                 " which a copy would share; make the EMA model before that")
         self.decay, self.update_every, self.steps = decay, update_every, 0
-        self.model = (copying.deepcopy(model) if copy is None else copy).eval().requires_grad_(False)
+        if copy is None:
+            shared = [p for p in model.parameters() if not p.requires_grad] + [*model.buffers()]
+            # deepcopy reuses the objects in its memo, so these stay shared.
+            copy = copying.deepcopy(model, {id(x): x for x in shared} if trainable_only else {})
+        self.averaged = [name for name, p in model.named_parameters()
+                         if p.requires_grad or not trainable_only]
+        # Shared parameters require no gradient either.
+        self.model = copy.eval().requires_grad_(False)
+        self.trainable_only = trainable_only
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> bool:
-        """Count one optimizer step of `model`; on every update_every-th, refresh and return True.
+        """Count one optimizer step of `model`; at every update_every-th, refresh and return True.
 
-        theta_ema <- decay * theta_ema + (1 - decay) * theta (Eq. 6); buffers, which are not trained, are copied.
+        theta_ema <- decay * theta_ema + (1 - decay) * theta (Eq. 6). Buffers are copied.
         """
         self.steps += 1
         if self.steps % self.update_every:
             return False
-        # One fused call for all tensors: a Python loop over hundreds of them costs more than the arithmetic.
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - self.decay)
-        for mine, theirs in zip(self.model.buffers(), model.buffers()):
-            mine.copy_(theirs)
+        ours, theirs = dict(self.model.named_parameters()), dict(model.named_parameters())
+        if self.averaged:       # one fused call: a loop over hundreds of tensors in Python is slow
+            torch._foreach_lerp_([ours[name] for name in self.averaged],
+                                 [theirs[name] for name in self.averaged], 1 - self.decay)
+        for our_buffer, their_buffer in zip(self.model.buffers(), model.buffers(), strict=True):
+            if our_buffer is not their_buffer:
+                our_buffer.copy_(their_buffer)
         return True
 
+    def steps_until_refresh(self) -> int:
+        """Optimizer steps until `update` refreshes the EMA model, which is constant until then."""
+        return self.update_every - self.steps % self.update_every
+
     def state_dict(self) -> dict:
-        """The averaged weights and the number of steps counted; decay and interval are settings, not state."""
-        return {"model": self.model.state_dict(), "steps": self.steps}
+        """The averaged weights and the number of steps counted, but not decay and update_every."""
+        weights = self.model.state_dict()
+        if self.trainable_only:
+            weights = {name: weights[name] for name in self.averaged}
+        return {"model": weights, "steps": self.steps}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore what state_dict gave. Raises RuntimeError (torch's) when the weights do not fit the model."""
-        self.model.load_state_dict(state["model"])
+        """Restore what state_dict gave. Raises RuntimeError when the weights do not fit."""
+        if self.trainable_only and set(state["model"]) != set(self.averaged):
+            raise RuntimeError("the state does not hold the weights that this EMA model averages")
+        self.model.load_state_dict(state["model"], strict=not self.trainable_only)
         self.steps = state["steps"]
+
+
+def runs_the_original(forward) -> bool:
+    """Is `forward` a function put in the place of a method? A deep copy of the module shares it.
+
+    Safe, because deepcopy copies them with the module, are bound methods, and a functools.partial
+    of a bound method or of a function without a closure (accelerate makes these).
+    """
+    if isinstance(forward, functools.partial):
+        return isinstance(forward.func, types.FunctionType) and bool(forward.func.__closure__)
+    return isinstance(forward, types.FunctionType)

@@ -1,12 +1,15 @@
-"""Sequence log-probabilities and the two preference losses of SAPO, DPO and ORPO. Needs torch alone.
+"""Sequence log-probabilities and the two preference losses of SAPO: DPO and ORPO.
 
-B is the number of sequences or pairs, T the padded length, V the vocabulary. Equation numbers are those of the SAPO
-paper (arXiv 2405.20830). A log-probability is in nats; "logps" is one number a sequence, the sum over its tokens or,
-with average=True, the mean. DPO takes sums, ORPO takes means:
+B is the number of sequences or pairs, T the padded length, V the vocabulary, N a number of tokens.
+A log-probability is in nats. "logps" holds one number per sequence: the sum over its tokens or,
+with average=True, their mean. DPO takes sums, ORPO takes means. Equations: arXiv 2405.20830.
 
-    chosen_logps = sequence_logps(model(chosen).logits, chosen_labels)      # labels: -100 on prompt and padding
-    losses, chosen_rewards, rejected_rewards = dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    chosen_logps = sequence_logps(model(ids).logits, labels)    # labels: -100 on prompt and padding
+    losses, chosen_rewards, rejected_rewards = dpo_loss(
+        chosen_logps, rejected_logps, reference_chosen_logps, reference_rejected_logps)
     losses.mean().backward()
+
+Needs torch >= 2.9. MIT licence; from the reference code for SAPO (arXiv 2405.20830).
 """
 import torch
 import torch.nn.functional as F
@@ -16,70 +19,91 @@ from torch import Tensor
 def sequence_logps(logits: Tensor, labels: Tensor, average: bool = False) -> Tensor:
     """Log-probability of each labelled sequence.
 
-    logits: (B, T, V) as a causal model returns them; logits[:, t] scores labels[:, t + 1], so the shift is done here.
-    labels: (B, T) token ids; -100 marks what is not scored (prompt, padding). labels[:, 0] is never scored.
-    Returns (B,) in at least fp32: the sum over the labelled tokens, or their mean (0 where a row has none).
-    Raises ValueError when the shapes do not match.
+    logits: (B, T, V) as a causal model returns them. labels: (B, T) token ids; -100 marks what is
+    not scored (prompt, padding). Give both unshifted: the shift is done here, logits[:, t] scores
+    labels[:, t + 1], so labels[:, 0] is never scored. Returns (B,) in at least fp32: the sum over
+    the labelled tokens, or their mean (0 where a row has none). Raises ValueError when the shapes
+    do not match.
 
         labels [[-100, 7, 8, -100]]  ->  logits[0, 0] at 7  +  logits[0, 1] at 8
     """
-    if logits.shape[:2] != labels.shape:
-        raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not match in (B, T)")
+    if logits.ndim != 3 or logits.shape[:2] != labels.shape:
+        raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} "
+                         "do not match in (B, T)")
     logits, labels = logits[:, :-1], labels[:, 1:]
-    scored = labels != -100
-    logps = token_logps(logits.flatten(0, 1), labels.flatten()).view(labels.shape)      # 0 where not scored
-    return logps.sum(-1) / scored.sum(-1).clamp(min=1) if average else logps.sum(-1)
+    logps = token_logps(logits.flatten(0, 1), labels.flatten()).view(labels.shape)      # (B, T - 1)
+    count = (labels != -100).sum(-1).clamp(min=1)
+    return logps.sum(-1) / count if average else logps.sum(-1)
 
 
 def token_logps(logits: Tensor, labels: Tensor) -> Tensor:
-    """Log-probability of each label: logits (N, V), labels (N,) -> (N,) in at least fp32; 0 where the label is -100."""
+    """Log-probability of each label: logits (N, V), labels (N,) -> (N,) in at least fp32.
+
+    0 where the label is -100.
+    """
     return -F.cross_entropy(at_least_fp32(logits), labels, ignore_index=-100, reduction="none")
 
 
-def dpo_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, reference_chosen_logps: Tensor,
-             reference_rejected_logps: Tensor, beta: float = 0.1, label_smoothing: float = 0.0):
-    """DPO (Rafailov et al. 2023), Eq. 1: push the pair's log-ratio above the reference's.
+def dpo_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor,
+             reference_chosen_logps: Tensor, reference_rejected_logps: Tensor,
+             beta: float = 0.1, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """DPO (Rafailov et al. 2023), Eq. 1: prefer the chosen one more than the reference does.
 
-    All arguments (B,), summed log-probabilities. beta: strength of the pull towards the reference.
-    label_smoothing: assumed probability that a pair is the wrong way round (conservative DPO); 0 is Eq. 1.
-    Returns (losses, chosen_rewards, rejected_rewards), (B,) each, in at least fp32; the rewards, beta * (policy -
-    reference), are detached.
+    The arguments are (B,) each: summed log-probabilities. beta: strength of the pull towards the
+    reference. label_smoothing: assumed probability that chosen and rejected are swapped
+    (conservative DPO); 0 is Eq. 1. Returns (losses, chosen_rewards, rejected_rewards), (B,) each,
+    in at least fp32. The rewards, beta * (policy - reference), are detached. Raises ValueError when
+    the shapes differ.
 
         every logp equal  ->  losses = log 2 = 0.6931, rewards = 0
     """
-    policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps = (at_least_fp32(x) for x in (
-        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps))
-    pi_logratios = policy_chosen_logps - policy_rejected_logps
-    ref_logratios = reference_chosen_logps - reference_rejected_logps
-    logits = beta * (pi_logratios - ref_logratios)
-    losses = -F.logsigmoid(logits) * (1 - label_smoothing) - F.logsigmoid(-logits) * label_smoothing
-    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps).detach()
-    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps).detach()
+    policy_chosen, policy_rejected, reference_chosen, reference_rejected = same_shape(
+        policy_chosen_logps, policy_rejected_logps,
+        reference_chosen_logps, reference_rejected_logps)
+    policy_logratios = policy_chosen - policy_rejected
+    reference_logratios = reference_chosen - reference_rejected
+    logits = beta * (policy_logratios - reference_logratios)
+    losses = (-F.logsigmoid(logits) * (1 - label_smoothing)
+              - F.logsigmoid(-logits) * label_smoothing)
+    chosen_rewards = beta * (policy_chosen - reference_chosen).detach()
+    rejected_rewards = beta * (policy_rejected - reference_rejected).detach()
     return losses, chosen_rewards, rejected_rewards
 
 
-def orpo_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, chosen_nll: Tensor, lam: float = 0.05):
+def orpo_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, chosen_nll: Tensor,
+              lam: float = 0.05) -> tuple[Tensor, Tensor, Tensor]:
     """ORPO (Hong et al. 2024), Eq. 2 and 3: supervised loss plus lam times the log odds ratio loss.
 
-    policy_*_logps: (B,) per-token mean log-probabilities, <= 0. chosen_nll: (B,) the supervised term, the mean negative
-    log-likelihood of the chosen response. lam: weight of the odds ratio term.
-    Returns (losses, chosen_rewards, rejected_rewards), (B,) each, in at least fp32; the rewards, lam * logps, are
-    detached. Losses and gradients are finite for every logp <= 0, 0 included.
+    policy_*_logps: (B,) mean log-probabilities per token, <= 0. chosen_nll: (B,) the supervised
+    term, the mean negative log-likelihood of the chosen response. lam: weight of the odds ratio
+    term.
+    Returns (losses, chosen_rewards, rejected_rewards), (B,) each, in at least fp32. The rewards,
+    lam * logps, are detached. Losses and gradients are finite for every logp <= 0, 0 included.
+    Raises ValueError when the shapes differ.
 
         chosen = rejected  ->  log odds ratio 0, losses = chosen_nll + lam * 0.6931
     """
-    chosen, rejected, chosen_nll = (at_least_fp32(x) for x in (policy_chosen_logps, policy_rejected_logps, chosen_nll))
-    log_odds_ratio = log_odds(chosen) - log_odds(rejected)                              # inside Eq. 3
-    losses = chosen_nll - lam * F.logsigmoid(log_odds_ratio)                            # Eq. 3
+    chosen, rejected, nll = same_shape(policy_chosen_logps, policy_rejected_logps, chosen_nll)
+    log_odds_ratio = log_odds(chosen) - log_odds(rejected)                          # inside Eq. 3
+    odds_ratio_losses = -F.logsigmoid(log_odds_ratio)
+    losses = nll + lam * odds_ratio_losses                                          # Eq. 3
     return losses, lam * chosen.detach(), lam * rejected.detach()
 
 
 def log_odds(logps: Tensor) -> Tensor:
-    """Eq. 2 in logs: log(p / (1 - p)) from log p <= 0. expm1 keeps 1 - p exact where p is close to 1."""
-    logps = logps.clamp(max=-1e-12)         # p = 1 has infinite odds: stop just before, with gradient 0 beyond
+    """Eq. 2 in logs: log(p / (1 - p)) from log p <= 0. expm1 keeps 1 - p exact for p near 1."""
+    logps = logps.clamp(max=-1e-12)         # p = 1 has infinite odds: stop just before, gradient 0
     return logps - torch.log(-torch.expm1(logps))
 
 
+def same_shape(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in at least fp32. Shapes (B,) and (B, 1) would broadcast to (B, B) unseen."""
+    shapes = [tuple(tensor.shape) for tensor in tensors]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"all arguments must have the same shape (B,), not {shapes}")
+    return [at_least_fp32(tensor) for tensor in tensors]
+
+
 def at_least_fp32(x: Tensor) -> Tensor:
-    """bf16 and fp16 to fp32; fp32 and fp64 stay what they are."""
+    """bf16 and fp16 become fp32; fp32 and fp64 stay what they are."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

@@ -1,55 +1,80 @@
-"""The method of SAPO (Self-Augmented Preference Optimization, arXiv 2405.20830): make pairs and score them.
+"""The method of SAPO (Self-Augmented Preference Optimization, arXiv 2405.20830).
 
-    choose_segment      where B lies in a chosen response A B C                       Algorithm 1 line 8
-    generate_segments   write B' after x and A, with a key-value cache                Algorithm 1 line 9
-    splice              put A B' C together                                           Algorithm 1 line 10, Eq. 5
-    make_pairs          the three of them over a batch
-    pair_logps          log-probabilities of both responses, sharing x and A          what Eq. 1 and 3 need
+    choose_segment      where B lies in a chosen response A B C             Algorithm 1 line 8
+    generate_segments   write B' after x and A, with a KV cache             line 9
+    splice              put A B' C together                                 line 10, Eq. 5
+    make_pairs          the three of them for a batch of examples           lines 7 to 10
+    pair_logps          log-probabilities of y+ and y-                      for Eq. 1 and 3
+    find_shortcuts, check_generation: what a given model can do (read last)
 
-Everything is token ids: nothing is ever decoded and tokenized again. B is the number of prefixes or pairs, T a padded
-length, D the hidden size, V the vocabulary. Needs torch, transformers and losses.py.
+First reading: "segments and pairs", generate_segments, pair_logps and plain_pair_logps. The rest
+does the same with less work, or talks to models.
+
+Everything is token ids; nothing is decoded and tokenized again. x is the prompt, y+ = A B C the
+chosen and y- = A B' C the rejected response. Shapes: T is a padded length, D the hidden size, V the
+vocabulary, N a number of tokens; (pairs,), (slots, V) and so on name the batch.
+
+What `model` must offer, as every causal LM of transformers does:
+- model(input_ids=, attention_mask=, use_cache=False).logits (rows, T, V), parameters(), modules();
+- to generate: position_ids= (rows, T), a 4-D attention_mask= that is added to the attention
+  scores, and cache= (or past_key_values=), on which layers call update(keys, values, layer_idx);
+- for shortcuts: base_model(...).last_hidden_state (rows, T, D), get_output_embeddings() and, to
+  find them, base_model_prefix;
+- where layers have a window: config.sliding_window and config.layer_types.
+
+Needs losses.py, torch >= 2.9, numpy >= 1.26; models of transformers >= 5.0.
+MIT licence; from the reference code for SAPO (arXiv 2405.20830).
 """
 import contextlib
-import logging
-import warnings
-import weakref
-from collections.abc import Sequence
+import copy
+import inspect
+import itertools
+import operator
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from losses import token_logps
+try:
+    from .losses import sequence_logps, token_logps  # as part of a package
+except ImportError:
+    from losses import sequence_logps, token_logps
 
-LOGITS_AT_ONCE = 2 ** 25        # most logits (tokens x V) held at a time while scoring: 128 MiB in fp32
+LOGITS_AT_ONCE = 2 ** 25        # logits (tokens x V) per chunk of head_logps: 128 MiB in fp32
 
 
 class Example(NamedTuple):
-    """A prompt and its chosen response as token ids; row: where in the data it came from."""
+    """A prompt and its chosen response as token ids. example_id: its place in the data."""
     prompt: list[int]
     chosen: list[int]
-    row: int = -1
+    example_id: int = -1
 
 
 class Pair(NamedTuple):
-    """A preference pair as token ids. start = len(A): chosen[:start] == rejected[:start].
+    """A preference pair as token ids: x, y+ = A B C and y- = A B' C.
 
-    row: where in the data the example came from. step: the optimizer step the pair was made at.
+    A is chosen[:start] and rejected[:start]. B is chosen[start:stop] and B' is
+    rejected[start:rejected_stop]; None stands for the end of the response. example_id: its place in
+    the data. step: the optimizer step at which the pair was made.
     """
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
     start: int
-    row: int = -1
+    stop: int | None = None
+    rejected_stop: int | None = None
+    example_id: int = -1
     step: int = 0
 
 
-# ---------------------------------------------------------------------------------------------- segments and pairs
+# ------------------------------------------------------------------------------ segments and pairs
 
-def choose_segment(response_len: int, segment_len: int, rng: np.random.Generator) -> tuple[int, int]:
-    """Where B starts and stops in a response (Eq. 4), the start uniform over every place where B fits.
+def choose_segment(response_len: int, segment_len: int,
+                   rng: np.random.Generator) -> tuple[int, int]:
+    """Where B starts and stops in a response (Eq. 4); every start where B fits is equally likely.
 
     A response shorter than segment_len is all B. Raises ValueError when either length is below 1.
 
@@ -57,7 +82,8 @@ def choose_segment(response_len: int, segment_len: int, rng: np.random.Generator
         response_len 2, segment_len 3  ->  (0, 2)
     """
     if response_len < 1 or segment_len < 1:
-        raise ValueError(f"response_len and segment_len must be at least 1, not {response_len} and {segment_len}")
+        raise ValueError("response_len and segment_len must be at least 1, "
+                         f"not {response_len} and {segment_len}")
     n = min(segment_len, response_len)
     start = int(rng.integers(0, response_len - n + 1))
     return start, start + n
@@ -67,454 +93,695 @@ def splice(response: Sequence[int], start: int, stop: int, segment: Sequence[int
            eos_token_id: int | Sequence[int] | None) -> list[int]:
     """y- = A B' C (Eq. 5): put `segment` (B') in the place of response[start:stop] (B).
 
-    Where B' contains an end token the response ends there and C is dropped: nobody reads on after the end.
+    Where B' contains an end token, the response ends there and C is dropped.
 
         response [1, 2, 3, 4, 5], start 1, stop 3, segment [8, 9], end 0  ->  [1, 8, 9, 4, 5]
         the same with segment [8, 0]                                      ->  [1, 8, 0]
     """
-    ends = end_tokens(eos_token_id)
+    eos_ids, response = end_token_ids(eos_token_id), as_ids(response, "response")
+    segment = as_ids(segment, "segment")
     for i, token in enumerate(segment):
-        if token in ends:
+        if token in eos_ids:
             return [*response[:start], *segment[:i + 1]]
     return [*response[:start], *segment, *response[stop:]]
 
 
-def make_pairs(model, examples: Sequence[Example], segment_len: int, rng: np.random.Generator | Sequence[np.random.Generator], *,
-               eos_token_id: int | Sequence[int] | None, num_rejected: int = 1, max_new_tokens: int | Sequence[int] = 256,
-               segment_eos: str = "stop", step: int = 0, temperature: float = 0.7, top_k: int = 50,
-               top_p: float = 0.95, generator: torch.Generator | None = None) -> list[Pair]:
-    """Algorithm 1 lines 7 to 10: rewrite a random segment of each chosen response with `model` (the EMA model).
+def make_pairs(model, examples: Sequence[Example], segment_len: int,
+               rng: np.random.Generator | Sequence[np.random.Generator], *,
+               eos_token_id: int | Sequence[int] | None, num_rejected: int = 1,
+               max_new_tokens: int | Sequence[int] = 256, segment_eos: str = "stop", step: int = 0,
+               temperature: float = 0.7, top_k: int = 50, top_p: float = 0.95,
+               generator: torch.Generator | None = None,
+               decode_step: Callable | None = None) -> list[Pair]:
+    """Algorithm 1 lines 7 to 10: `model`, the EMA model, rewrites a segment of each response.
 
-    examples: (prompt, chosen[, row]) tuples of token ids, such as Example. segment_len: N_seg; 0 rewrites the whole
-    response, until an end token or max_new_tokens (one number or one an example; SPIN, "no segment"). rng draws the
-    segments (one generator, or one an example), generator the tokens.
-    num_rejected: rewrites of each example, all of the same segment, so that the prompt is read once for all of them.
-    segment_eos: "stop" ends y- at an end token in B'; "forbid" bans end tokens in B' wherever a C follows.
-    Returns num_rejected pairs an example, in the order of the examples. Raises ValueError on an empty response.
+    examples: (prompt, chosen[, example_id]) tuples of token ids. segment_len: N_seg; 0 rewrites the
+    whole response, until an end token or max_new_tokens (one number, or one per example).
+    rng: draws where the segments lie (one generator, or one per example).
+    num_rejected: rewrites per example, all of the same segment, so that x and A are read once.
+    segment_eos: "stop" ends y- at an end token in B'; "forbid" bans end tokens in B' wherever a C
+    follows. The other arguments are those of generate_segments.
+    Returns num_rejected pairs per example, in the order of the examples. Raises ValueError on an
+    empty response and where generate_segments does.
     """
     if segment_eos not in ("stop", "forbid"):
         raise ValueError(f"segment_eos must be 'stop' or 'forbid', not {segment_eos!r}")
     examples = [Example(*example) for example in examples]
-    spans = [choose_segment(len(e.chosen), segment_len or len(e.chosen), r) for e, r in zip(examples, one_each(rng, examples, "rngs"))]
-    segments = generate_segments(
-        model, [[*e.prompt, *e.chosen[:start]] for e, (start, _) in zip(examples, spans)],
-        [stop - start for start, stop in spans] if segment_len else max_new_tokens, eos_token_id=eos_token_id,
-        temperature=temperature, top_k=top_k, top_p=top_p, num_return=num_rejected, generator=generator,
-        forbid_eos=[segment_eos == "forbid" and stop < len(e.chosen) for e, (_, stop) in zip(examples, spans)])
-    return [Pair(e.prompt, e.chosen, splice(e.chosen, start, stop, segment, eos_token_id), start, e.row, step)
-            for e, (start, stop), rewrites in zip(examples, spans, segments) for segment in rewrites]
+    examples = [Example(as_ids(prompt, "prompt"), as_ids(chosen, "chosen"), example_id)
+                for prompt, chosen, example_id in examples]
+    rngs = one_each(rng, examples, "rng")
+    whole_limits = one_each(max_new_tokens, examples, "max_new_tokens")
+    spans, prefixes, limits, forbid_eos = [], [], [], []
+    for (prompt, chosen, _), example_rng, limit in zip(examples, rngs, whole_limits, strict=True):
+        start, stop = choose_segment(                                                   # line 8
+            len(chosen), segment_len or len(chosen), example_rng)
+        spans.append((start, stop))
+        prefixes.append([*prompt, *chosen[:start]])                     # x A
+        limits.append(stop - start if segment_len else limit)
+        forbid_eos.append(segment_eos == "forbid" and stop < len(chosen))
+    segments = generate_segments(                                                       # line 9
+        model, prefixes, limits, eos_token_id=eos_token_id, temperature=temperature, top_k=top_k,
+        top_p=top_p, num_return=num_rejected, generator=generator, forbid_eos=forbid_eos,
+        decode_step=decode_step)
+    pairs = []
+    for example, (start, stop), rewrites in zip(examples, spans, segments, strict=True):
+        prompt, chosen, example_id = example
+        for segment in rewrites:
+            rejected = splice(chosen, start, stop, segment, eos_token_id)               # line 10
+            pairs.append(Pair(prompt, chosen, rejected, start, stop, start + len(segment),
+                              example_id, step))
+    return pairs
 
 
-def end_tokens(eos_token_id: int | Sequence[int] | None) -> list[int]:
-    """An end token, a list of them or None, as a list."""
-    return [] if eos_token_id is None else np.atleast_1d(eos_token_id).tolist()
-
-
-# ------------------------------------------------------------------------------------------------------ generation
-
-class KVCache:
-    """Keys and values of every layer, allocated once and written in place; what a transformers model calls `update` on.
-
-    A token's column is its position, so rows of different lengths need no left padding: columns beyond a row's own
-    position hold leftovers, which the mask hides until the row gets there and overwrites them.
-    """
-    is_compileable, is_initialized = False, True        # what some models of transformers 5.0 ask their cache
-
-    def __init__(self, rows: int, capacity: int):
-        self.rows, self.capacity = rows, capacity       # capacity: columns
-        self.keys, self.values = {}, {}         # layer -> (B, heads, capacity, head size)
-        self.position = None            # (B,) column each row writes next; None while blocks are written, columns 0..
-        self.block = slice(0, rows)     # the rows that such a block belongs to
-        self.length = 0                 # columns that may hold something: attention looks no further
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Write new keys and values (B, heads, new tokens, head size); return all those rows have, (B, heads, length, head size)."""
-        return self._write(self.keys, keys, layer_idx), self._write(self.values, values, layer_idx)
-
-    def _write(self, layers: dict, new: Tensor, layer_idx: int) -> Tensor:
-        if layer_idx not in layers:     # zeros: a hidden column is multiplied by 0, and 0 times garbage may be NaN
-            layers[layer_idx] = new.new_zeros(self.rows, new.shape[1], self.capacity, new.shape[3])
-        store = layers[layer_idx]
-        if self.position is None:
-            store[self.block, :, :new.shape[2]] = new
-            return new
-        store[torch.arange(store.shape[0], device=store.device), :, self.position] = new[:, :, 0]
-        return store[:, :, :self.length]
-
-    def keep_rows(self, rows: Tensor) -> None:
-        """Keep these rows, in this order; a row may be named more than once."""
-        for layers in (self.keys, self.values):
-            for layer_idx, store in layers.items():
-                layers[layer_idx] = store[rows]
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Part of the transformers cache interface; models that are given position ids do not need it."""
-        return self.length
-
+# -------------------------------------------------------------------------------------- generation
 
 @torch.no_grad()
-def generate_segments(model, prefixes: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int], *,
-                      eos_token_id: int | Sequence[int] | None, temperature: float = 0.7, top_k: int = 50,
-                      top_p: float = 0.95, num_return: int = 1, generator: torch.Generator | None = None,
-                      forbid_eos: bool | Sequence[bool] = False) -> list[list[list[int]]]:
+def generate_segments(model, prefixes: Sequence[Sequence[int]],
+                      max_new_tokens: int | Sequence[int], *,
+                      eos_token_id: int | Sequence[int] | None, temperature: float = 0.7,
+                      top_k: int = 50, top_p: float = 0.95, num_return: int = 1,
+                      generator: torch.Generator | None = None,
+                      forbid_eos: bool | Sequence[bool] = False,
+                      decode_step: Callable | None = None) -> list[list[list[int]]]:
     """Continue each prefix (Algorithm 1 line 9).
 
-    model: a transformers causal LM. prefixes: token ids, of any lengths but not empty. max_new_tokens: one number or
-    one a prefix. eos_token_id: an id, several, or None; a list ends with the end token when one was produced.
-    temperature 0 is greedy: what model.generate(do_sample=False) gives, token for token. Otherwise temperature, then
-    top_k (0: all), then top_p, in that order. num_return continuations a prefix, which is read once for all of them.
-    forbid_eos: one bool or one a prefix: end tokens are never produced there.
-    Returns, for each prefix, num_return token lists. Raises ValueError on an empty prefix or lengths that do not match.
+    prefixes: token ids, of any lengths but not empty. max_new_tokens: one, or one per prefix.
+    eos_token_id: an id, several, or None; a list ends with the end token that was produced.
+    temperature 0 is greedy, as model.generate(do_sample=False). Otherwise temperature, then top_k
+    (0: all), then top_p, in that order. generator: draws the tokens.
+    num_return: continuations per prefix, which is read once for all of them.
+    forbid_eos: one bool, or one per prefix: no end token is produced there.
+    decode_step: a faster step with the arguments and results of plain_decode_step(model).
+    Returns num_return token lists for each prefix. During the call, a model in training mode is in
+    eval mode (no dropout). check_generation(model) tells whether a model can work with the cache.
+    Raises ValueError for an empty prefix, for values that are not token ids, for lists of unequal
+    length, and for a model that is wrapped or not causal; FloatingPointError where logits are not
+    finite.
     """
-    limits, forbid = one_each(max_new_tokens, prefixes, "max_new_tokens"), one_each(forbid_eos, prefixes, "forbid_eos")
-    if not all(len(prefix) for prefix in prefixes):
+    refuse_model(model, "generate_segments", "pass the model inside the wrapper")
+    prefixes = [as_ids(prefix, "a prefix") for prefix in prefixes]
+    limits = one_each(max_new_tokens, prefixes, "max_new_tokens")
+    forbid = one_each(forbid_eos, prefixes, "forbid_eos")
+    eos_ids = end_token_ids(eos_token_id)
+    if not all(prefixes):
         raise ValueError("a prefix needs at least one token")
-    if not len(prefixes) or not max(limits):
+    if num_return < 1 or not temperature >= 0:
+        raise ValueError("num_return must be at least 1 and temperature at least 0, "
+                         f"not {num_return} and {temperature}")
+    if any(limit < 0 for limit in limits):
+        raise ValueError(f"max_new_tokens must not be negative, but is {min(limits)}")
+    if not prefixes or max(limits) == 0:
         return [[[] for _ in range(num_return)] for _ in prefixes]
-    record = check_generation(model) and not torch.is_autocast_enabled(next(model.parameters()).device.type)
     with eval_mode(model):
-        lists = _generate(model, prefixes, limits, forbid, end_tokens(eos_token_id), num_return,
-                          lambda logits: sample_tokens(logits, temperature, top_k, top_p, generator), record)
-    return [lists[i * num_return:(i + 1) * num_return] for i in range(len(prefixes))]
+        cache = prefill(model, prefixes, max(limits))
+        slots = [i for i in range(len(prefixes)) for _ in range(num_return)]
+        cache.keep_slots(slots)                                 # one slot per continuation
+        outputs = decode(
+            model, decode_step or plain_decode_step(model), cache, [prefixes[i] for i in slots],
+            [limits[i] for i in slots], [forbid[i] for i in slots], eos_ids,
+            lambda logits: sample_tokens(logits, temperature, top_k, top_p, generator))
+    return [outputs[i:i + num_return] for i in range(0, len(outputs), num_return)]
 
 
-def _generate(model, prefixes, limits, forbid, ends, num_return, choose, record) -> list[list[int]]:
-    """generate_segments without its checks; choose: logits (B, V) -> tokens (B,). Returns len(prefixes) * num_return lists."""
+class KVCache:
+    """Keys and values of every layer, allocated once and written in place: a slot per sequence.
+
+    A token's column is its position, so sequences of different lengths need no left padding.
+    Columns beyond a slot's own position hold leftovers; the mask hides them.
+    """
+
+    def __init__(self, slots: int, capacity: int):
+        self.slots, self.capacity = slots, capacity     # capacity: columns, most tokens per slot
+        self.keys: dict[int, Tensor] = {}               # layer -> (slots, heads, capacity, size)
+        self.values: dict[int, Tensor] = {}
+
+    def write_prefixes(self, slots: Sequence[int]) -> "CacheWriter":
+        """For a forward pass over whole prefixes, which attend to themselves alone."""
+        def write(layers: dict[int, Tensor], layer: int, new: Tensor) -> Tensor:
+            if layer not in layers:     # zeros: leftover NaN would get past the mask (0 * NaN)
+                layers[layer] = new.new_zeros(
+                    self.slots, new.shape[1], self.capacity, new.shape[3])
+            layers[layer][slots, :, :new.shape[2]] = new
+            return new
+        return CacheWriter(self, write)
+
+    def write_token(self, position: Tensor, length: int) -> "CacheWriter":
+        """For a forward pass over one token per slot, at `position` (slots,), with `length` columns
+        to attend to."""
+        def write(layers: dict[int, Tensor], layer: int, new: Tensor) -> Tensor:
+            stored = layers[layer]
+            slots = torch.arange(stored.shape[0], device=stored.device)
+            # stored[slot, :, position[slot]] = new[slot, :, 0] for every slot
+            stored.transpose(1, 2).index_put_((slots, position), new[:, :, 0])
+            return stored[:, :, :length]
+        return CacheWriter(self, write)
+
+    def keep_slots(self, slots: Sequence[int]) -> None:
+        """Keep these slots, in this order. A slot may be named more than once."""
+        for layers in (self.keys, self.values):
+            for layer, stored in layers.items():
+                layers[layer] = stored[torch.tensor(slots, device=stored.device)]
+        self.slots = len(slots)
+
+
+class CacheWriter:
+    """What a transformers model takes for its cache during one forward pass."""
+    is_compileable, is_initialized = False, True        # some models of transformers 5.0 ask
+
+    def __init__(self, cache: KVCache, write: Callable):
+        self.cache, self.write = cache, write
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args, **kwargs):
+        """Write (slots, heads, new tokens, size); return the keys and values to attend to."""
+        return (self.write(self.cache.keys, layer_idx, keys),
+                self.write(self.cache.values, layer_idx, values))
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Part of the interface. Models that are given position ids do not need the answer."""
+        return 0
+
+
+def prefill(model, prefixes: list[list[int]], max_new_tokens: int) -> KVCache:
+    """Read each prefix but its last token, which the first decode step reads, into a new cache."""
     device = next(model.parameters()).device
-    order = sorted(range(len(prefixes)), key=lambda i: len(prefixes[i]))
-    lengths = [len(prefixes[i]) for i in order]
-    ids = torch.tensor(pad([prefixes[i] for i in order]), device=device)                        # (prefixes, T)
-    cache = KVCache(len(order), lengths[-1] + max(limits))
-    columns = torch.arange(cache.capacity, device=device)[None]
-    # Prefill: every prefix but its last token, which is the first one decoded; four groups of like lengths, for less
-    # padding. That is on the right and each row's own tokens look back only, so it changes nothing.
-    size = max(4, -(-len(order) // 4))
-    for start in range(0, len(order), size):
-        cache.block = slice(start, start + size)
-        block = ids[cache.block, :max(1, lengths[cache.block][-1] - 1)]
-        seen = columns[:, :block.shape[1]]
-        model.base_model(input_ids=block, position_ids=seen.expand(len(block), -1), past_key_values=cache, use_cache=True,
-                         attention_mask=attention_mask(model, seen[:, :, None] >= seen[:, None], seen, seen))
+    cache = KVCache(len(prefixes), max(map(len, prefixes)) + max_new_tokens)
+    # Prefixes of like lengths go together, for less padding. Padding is on the right and a causal
+    # model looks back only, so padding changes nothing.
+    by_length = sorted(range(len(prefixes)), key=lambda i: len(prefixes[i]))
+    only_last = {"logits_to_keep": 1} if forward_takes(model, "logits_to_keep") else {}
+    group_size = max(4, -(-len(prefixes) // 4))         # at most four groups, of four or more
+    for first in range(0, len(prefixes), group_size):
+        slots = by_length[first:first + group_size]
+        # For a prefix of one token, a stand-in is read; the first decode step overwrites it.
+        ids = torch.tensor(pad([prefixes[i][:-1] or [0] for i in slots]), device=device)
+        position = torch.arange(ids.shape[1], device=device)[None]                      # (1, T)
+        causal = position[:, :, None] >= position[:, None]
+        model(input_ids=ids, position_ids=position.expand(len(ids), -1), use_cache=True,
+              attention_mask=mask_argument(attention_masks(model, causal, position, position)),
+              **{cache_argument(model): cache.write_prefixes(slots)}, **only_last)
+    return cache
 
-    source = torch.arange(len(order), device=device).repeat_interleave(num_return)             # prefix of each row, (B,)
-    if num_return > 1:
-        cache.keep_rows(source)
-    rows = [i * num_return + j for i in order for j in range(num_return)]       # list that each row writes to
-    forbidding = any(forbid)
-    limits, forbid = ([values[i // num_return] for i in range(len(rows))] for values in (limits, forbid))
-    position = torch.tensor(lengths, device=device)[source] - 1
-    token, forbid = ids[source, position], torch.tensor([forbid[i] for i in rows], device=device)
-    lists = [[] for _ in rows]
-    for n in range(max(limits)):
-        seen = columns[:, :lengths[-1] + n]
-        mask = attention_mask(model, (seen <= position[:, None])[:, None], position[:, None], seen)
-        inputs = (token, position, mask, seen, cache.keys, cache.values)
-        if n == 0:
-            step = recorded_step(model, inputs) if record else Step(model)
-        logits = step(*inputs).float()                                                          # (B, V)
-        if forbidding:
-            logits[:, ends] = logits[:, ends].masked_fill(forbid[:, None], -torch.inf)
-        token, position = choose(logits), position + 1
-        for i, t in zip(rows, token.tolist()):
-            if limits[i]:
-                lists[i].append(t)
-                limits[i] = 0 if t in ends else limits[i] - 1
-        # A finished row costs as much as a running one; leaving it out costs a copy of the cache. So wait for a quarter.
-        running = [row for row, i in enumerate(rows) if limits[i]]
+
+def decode(model, decode_step: Callable, cache: KVCache, prefixes: list[list[int]],
+           limits: list[int], forbid_eos: list[bool], eos_ids: list[int],
+           choose: Callable) -> list[list[int]]:
+    """Write up to limits[i] tokens after prefixes[i], which slot i of the cache holds.
+
+    choose: logits (slots, V) -> tokens (slots,). Returns a list of tokens per prefix.
+    """
+    device = next(model.parameters()).device
+    token = torch.tensor([prefix[-1] for prefix in prefixes], device=device)            # (slots,)
+    position = torch.tensor([len(prefix) - 1 for prefix in prefixes], device=device)
+    # A finished slot keeps computing, but never past the last position that it may use.
+    last_position = position + torch.tensor(limits, device=device).clamp(min=1) - 1
+    forbid = torch.tensor(forbid_eos, device=device)
+    columns = torch.arange(cache.capacity, device=device)[None]
+    outputs: list[list[int]] = [[] for _ in prefixes]
+    output_index, remaining = list(range(len(prefixes))), list(limits)      # of each slot
+    for length in range(max(map(len, prefixes)), cache.capacity):           # columns in use
+        seen = columns[:, :length]
+        allowed = (seen <= position[:, None])[:, None]
+        masks = attention_masks(model, allowed, position[:, None], seen)
+        logits = decode_step(token, position, masks, cache).float()                     # (slots, V)
+        if not torch.isfinite(logits.amax(-1)).all():
+            raise FloatingPointError("the logits of the model that generates are not finite")
+        if any(forbid_eos):
+            logits[:, eos_ids] = logits[:, eos_ids].masked_fill(forbid[:, None], -torch.inf)
+        token, position = choose(logits), torch.minimum(position + 1, last_position)
+        for slot, new_token in enumerate(token.tolist()):
+            if remaining[slot] > 0:
+                outputs[output_index[slot]].append(new_token)
+                remaining[slot] = 0 if new_token in eos_ids else remaining[slot] - 1
+        running = [slot for slot, left in enumerate(remaining) if left > 0]
         if not running:
             break
-        if len(running) <= 0.75 * len(rows):
-            rows, keep = [rows[row] for row in running], torch.tensor(running, device=device)
-            cache.keep_rows(keep)
-            token, position, forbid = token[keep], position[keep], forbid[keep]
-    return lists
+        # A finished slot costs as much as a running one; dropping it costs a copy of the cache.
+        if len(running) <= 0.75 * len(remaining):
+            cache.keep_slots(running)
+            token, position, last_position, forbid = (
+                values[running] for values in (token, position, last_position, forbid))
+            output_index = [output_index[slot] for slot in running]
+            remaining = [remaining[slot] for slot in running]
+    return outputs
 
 
-class Step(torch.nn.Module):
-    """One decode step as a function of tensors alone, which is what torch.jit.trace can record."""
+def plain_decode_step(model) -> Callable:
+    """One decode step of `model`: (token, position, masks, cache) -> logits (slots, V).
 
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, token: Tensor, position: Tensor, mask, columns: Tensor, keys: dict, values: dict) -> Tensor:
-        """token: (B,), the next one of each row, at position (B,); columns: (1, length). Returns the logits after it, (B, V)."""
-        cache = KVCache(0, 0)
-        cache.keys, cache.values, cache.position, cache.length = keys, values, position, columns.shape[1]
-        return self.model(input_ids=token[:, None], position_ids=position[:, None], attention_mask=mask,
-                          past_key_values=cache, use_cache=True).logits[:, -1]
-
-
-# model -> (where its weights lay, its step or None). Not an attribute of the model, so that copying and saving it stay plain.
-RECORDED = weakref.WeakKeyDictionary()
-
-
-def recorded_step(model, inputs):
-    """Step(model) recorded by torch.jit.trace, so that no Python runs in it: on a CPU that halves a small model's time a
-    token. Recorded once a model; it goes with weights that change in place, and with inputs of any size.
-
-    A step in which Python decides something by a tensor's values would be recorded as it fell this once; jit warns of
-    that, and such a model runs as it is. What torch and transformers' attention function ask is about sizes, which are
-    recorded rightly.
+    The step writes to the cache. token: (slots,) the next id of each slot. position: (slots,) the
+    id's position. masks: what attention_masks gives; their last dimension is the number of columns
+    to attend to.
     """
-    weights = [p.data_ptr() for p in model.parameters()]
-    if RECORDED.get(model, (None, None))[0] != weights:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            for sizes_only in (r"torch\.(?!jit)", r"transformers\.integrations\.sdpa_attention"):
-                warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=sizes_only)
-            logging.disable(logging.WARNING)        # jit looks at every property of the model, and some of those remark on it
-            try:
-                step = torch.jit.trace(Step(model), inputs, check_trace=False)
-            except Exception:           # whatever a model does that jit can't record
-                step = None
-            finally:
-                logging.disable(logging.NOTSET)
-        if any(issubclass(warning.category, torch.jit.TracerWarning) for warning in caught):
-            step = None
-        RECORDED[model] = weights, step
-    return RECORDED[model][1] or Step(model)
+    name = cache_argument(model)
 
-
-def one_each(value, things, name: str) -> list:
-    """One value for all things, or a sequence of one for each, as a list."""
-    values = [value] * len(things) if np.ndim(value) == 0 else list(value)
-    if len(values) != len(things):
-        raise ValueError(f"{len(values)} {name} for {len(things)} sequences")
-    return values
+    def decode_step(token: Tensor, position: Tensor, masks: dict[str, Tensor],
+                    cache: KVCache) -> Tensor:
+        writer = cache.write_token(position, length=next(iter(masks.values())).shape[-1])
+        return model(input_ids=token[:, None], position_ids=position[:, None], use_cache=True,
+                     attention_mask=mask_argument(masks), **{name: writer}).logits[:, -1]
+    return decode_step
 
 
 def sample_tokens(logits: Tensor, temperature: float, top_k: int, top_p: float,
                   generator: torch.Generator | None = None) -> Tensor:
-    """One token a row: logits (B, V) -> (B,). Temperature, then top-k, then top-p, as transformers orders them.
+    """One token per slot: logits (slots, V) -> (slots,). Temperature, then top-k, then top-p.
 
-        probabilities [0.5, 0.3, 0.2], top_p 0.7  ->  0 and 1 stay (0.5 alone is below 0.7), drawn 5 : 3
+        probabilities 0.5, 0.3, 0.2, top_p 0.7  ->  tokens 0 and 1 stay, because the mass before
+        token 1 (0.5) is below 0.7; they are drawn 5 : 3
     """
     if temperature == 0:
         return logits.argmax(-1)
-    values, tokens = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]), sorted=True)     # (B, k), best first
-    probabilities = (values / temperature).softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities       # what better tokens hold; the best one always stays
+    k = min(top_k or logits.shape[-1], logits.shape[-1])
+    values, tokens = logits.topk(k, sorted=True)                        # (slots, k), best first
+    # The maximum goes first, so that a very low temperature gives no infinity.
+    probabilities = ((values - values[:, :1]) / max(temperature, 1e-30)).softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities       # the mass of the better tokens
     probabilities = probabilities.masked_fill(before >= top_p, 0)
-    probabilities[:, 0] = probabilities[:, 0].clamp(min=1e-30)      # top_p = 0 keeps the best token alone
+    probabilities[:, 0] = probabilities[:, 0].clamp(min=1e-30)      # top_p = 0 keeps the best one
     return tokens.gather(-1, torch.multinomial(probabilities, 1, generator=generator))[:, 0]
 
 
-def pad(rows: Sequence[Sequence[int]], value: int = 0) -> list[list[int]]:
-    """Rows made equally long on the right. What is put there is never looked at, so any token id will do."""
-    longest = max(map(len, rows))
-    return [[*row, *[value] * (longest - len(row))] for row in rows]
+# ----------------------------------------------------------------------------------------- scoring
+
+class PairLogps(NamedTuple):
+    """What the losses need of a batch of pairs: (pairs,) each, in at least fp32."""
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    chosen_nll: Tensor
 
 
-def attention_mask(model, allowed: Tensor, query_position: Tensor, key_position: Tensor):
-    """What `model` takes as attention_mask to let queries see the keys they are allowed to.
+class Shortcuts(NamedTuple):
+    """What pair_logps may do for a model because the numbers are the same (find_shortcuts)."""
+    share_prefix: bool      # read x and A once per pair
+    split_head: bool        # compute logits of the scored tokens alone, from hidden states
 
-    allowed: (B or 1, queries, keys) bool. positions: (B or 1, queries) and (B or 1, keys).
-    A model with sliding-window layers gets the window by position, not by column, since columns may hold branches;
-    one that mixes them with full layers gets a dictionary of both masks. Masks are floats, added to the scores: what
-    eager attention wants, and sdpa would turn a bool mask into, once a layer.
+
+def pair_logps(model, pairs: Sequence[Pair], average: bool = False,
+               shortcuts: Shortcuts | None = None, skip_shared: bool = False,
+               nll_on: str = "response") -> PairLogps:
+    """Log-probabilities of both responses of each pair: (chosen_logps, rejected_logps, chosen_nll).
+
+    average: the mean over the response's tokens (ORPO) instead of their sum (DPO).
+    shortcuts: what find_shortcuts(model) found; None is plain, and right for every causal LM.
+    skip_shared: leave A out of both log-probabilities. A adds the same number to both sums, so
+    DPO's loss and gradient do not change.
+    nll_on: the tokens of chosen_nll, the mean negative log-likelihood: "response" (y+, or B C with
+    skip_shared) or "prompt" (x and y+).
+    Raises ValueError for an empty list, an empty prompt, values that are not token ids, a pair
+    whose responses differ before `start`, and a model that is wrapped or not causal.
     """
-    config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
-    masks = {"full_attention": allowed[:, None]}                                    # (B, 1, queries, keys)
-    if "sliding_attention" in kinds:
-        near = query_position[:, :, None] - key_position[:, None] < window
-        masks["sliding_attention"] = (allowed & near)[:, None]
-    dtype = next(model.parameters()).dtype
-    hide = torch.finfo(dtype).min / 2           # halved: autocast may turn it into bf16, whose smallest number is nearer to 0
-    masks = {kind: torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, hide) for kind, mask in masks.items()}
-    return masks if len(kinds) > 1 else masks[kinds.pop()]
-
-
-# --------------------------------------------------------------------------------------------------------- scoring
-
-PROMPT, SHARED, CHOSEN, REJECTED = range(4)     # what a scored token belongs to: x, A, B C, B' C
-
-
-def pair_logps(model, pairs: Sequence[Pair], average: bool = False, share_prefix: bool = True,
-               skip_shared: bool = False, nll_on: str = "response") -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of both responses of each pair, (B,) each in at least fp32: chosen_logps, rejected_logps, chosen_nll.
-
-    average: mean over the response's tokens (ORPO) instead of their sum (DPO).
-    share_prefix: read x and A once a pair, [x A | B C | B' C] in one row, instead of [x A B C] and [x A B' C]. Same
-    numbers, as little as half the work. The first call on a model probes whether that is exact for it; where it is not, the
-    pairs are concatenated all the same and one line says so.
-    skip_shared: score B C and B' C only; their difference, and so DPO's loss and gradient, is the same without A.
-    nll_on: "response" for the mean negative log-likelihood of the chosen response, "prompt" for prompt and response.
-    Raises ValueError on an empty prompt, which leaves the first token nothing to be predicted from.
-    """
+    refuse_model(model, "pair_logps", "called inside the wrapper, gradients are not synchronised; "
+                 "wrap PairScorer(model) instead and call that")
     if nll_on not in ("response", "prompt"):
         raise ValueError(f"nll_on must be 'response' or 'prompt', not {nll_on!r}")
-    if not all(len(pair.prompt) for pair in pairs):
-        raise ValueError("a pair needs a prompt of at least one token")
-    share_exact, split_head = probe(model)
-    kinds = [PROMPT] * (nll_on == "prompt") + [SHARED] * (not skip_shared) + [CHOSEN, REJECTED]
-    return _score(model, pairs, average, kinds, share_prefix and share_exact, split_head)
+    pairs = [checked_pair(pair) for pair in pairs]
+    if not pairs:
+        raise ValueError("there are no pairs to score")
+    if shortcuts is None or not any(shortcuts):
+        return plain_pair_logps(model, pairs, average, skip_shared, nll_on)
+    return fast_pair_logps(model, pairs, average, skip_shared, nll_on, shortcuts)
 
 
-def _score(model, pairs, average, kinds, share_prefix, split_head):
-    """pair_logps once it is known how; kinds: which tokens to score; split_head: hidden states first, then the head."""
-    layout = shared_layout if share_prefix else concatenated_layout
-    rows, scored = [], []               # rows: (tokens, positions, branches); scored: (row, column, label, pair, kind)
+def plain_pair_logps(model, pairs: Sequence[Pair], average: bool, skip_shared: bool,
+                     nll_on: str) -> PairLogps:
+    """The definition: run [x y+] and [x y-] through the model and add up log-probabilities."""
+    def run(responses: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
+        sequences = [[*pair.prompt, *y] for pair, y in zip(pairs, responses, strict=True)]
+        ids = torch.tensor(pad(sequences), device=next(model.parameters()).device)  # (pairs, T)
+        lengths = torch.tensor([len(sequence) for sequence in sequences], device=ids.device)
+        # By length, because the pad token may equal the end token.
+        mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+        logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
+        return logits, ids, mask
+
+    def logps(logits: Tensor, ids: Tensor, mask: Tensor, first: list[int], average: bool) -> Tensor:
+        """Of the tokens from column `first` of each sequence on: (pairs, T, V) -> (pairs,)."""
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        scored = mask & (columns >= torch.tensor(first, device=ids.device)[:, None])
+        return sequence_logps(logits, ids.masked_fill(~scored, -100), average)
+
+    chosen, rejected = run([pair.chosen for pair in pairs]), run([pair.rejected for pair in pairs])
+    first = [len(pair.prompt) + (pair.start if skip_shared else 0) for pair in pairs]
+    nll_first = first if nll_on == "response" else [0] * len(pairs)
+    nll = -logps(*chosen, nll_first, average=True)
+    return PairLogps(logps(*chosen, first, average), logps(*rejected, first, average), nll)
+
+
+# The same numbers with less work: one sequence per pair, in which two branches share x and A.
+#
+#     token       x x x A A   B B C   B' B' C
+#     position    0 1 2 3 4   5 6 7   5  6  7        each branch goes on from A
+#     attends to  x and A; a token of a branch also to its own branch, never to the other
+#
+# A scored token of a pair belongs to one of four parts.
+PROMPT, SEGMENT_A, CHOSEN, REJECTED = range(4)      # x, A, B C, B' C
+
+
+def fast_pair_logps(model, pairs: Sequence[Pair], average: bool, skip_shared: bool, nll_on: str,
+                    shortcuts: Shortcuts) -> PairLogps:
+    """pair_logps with shortcuts: x and A are read once per pair, only scored tokens get logits."""
+    shared = () if skip_shared else (SEGMENT_A,)        # counts for both responses
+    nll_parts = (PROMPT, SEGMENT_A, CHOSEN) if nll_on == "prompt" else (*shared, CHOSEN)
+    wanted = {*shared, *nll_parts, CHOSEN, REJECTED}
+    rows = [(CHOSEN, REJECTED)] if shortcuts.share_prefix else [(CHOSEN,), (REJECTED,)]
+    sequences, scored = [], []      # scored: (row, column, label, pair, part)
     for i, pair in enumerate(pairs):
-        new_rows, new_scored = layout(pair)
-        scored += [(len(rows) + row, column, label, i, kind) for row, column, label, kind in new_scored if kind in kinds]
-        rows += new_rows
+        for branches in rows:
+            sequence, labels = shared_layout(pair, branches)
+            # The row with the chosen branch also scores x and A.
+            scored += [(len(sequences), column, label, i, part) for column, label, part in labels
+                       if part in wanted and (part in branches or CHOSEN in branches)]
+            sequences.append(sequence)
     device = next(model.parameters()).device
-    ids, positions = (torch.tensor(pad([row[i] for row in rows]), device=device) for i in (0, 1))       # (rows, T)
-    mask = None                         # right padding behind a causal model: nothing to hide
-    if share_prefix:                    # a branch sees the prefix (branch 0) and itself; padding (-1) sees padding
-        branches = torch.tensor(pad([row[2] for row in rows], -1), device=device)
-        allowed = (branches[:, None] == 0) | (branches[:, None] == branches[:, :, None])
-        mask = attention_mask(model, allowed & (positions[:, None] <= positions[:, :, None]), positions, positions)
-    row, column, label, pair, kind = torch.tensor(scored, dtype=torch.long, device=device).view(-1, 5).T    # (N,) each
-    forward = model.base_model if split_head else model
-    output = forward(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False)
-    if split_head:
-        logps = head_logps(model.get_output_embeddings(), output.last_hidden_state[row, column], label)
+    tokens, positions, branch_of = zip(*sequences, strict=True)
+    ids, position = (torch.tensor(pad(x), dtype=torch.long, device=device)
+                     for x in (tokens, positions))                                  # (rows, T)
+    mask = None                         # padding is on the right: a causal model never sees it
+    if shortcuts.share_prefix:          # a branch attends to x, A and itself
+        branch = torch.tensor(pad(branch_of, -1), device=device)
+        allowed = (branch[:, None] == PROMPT) | (branch[:, None] == branch[:, :, None])
+        allowed &= position[:, None] <= position[:, :, None]
+        mask = mask_argument(attention_masks(model, allowed, position, position))
+    inputs = dict(input_ids=ids, position_ids=position, attention_mask=mask, use_cache=False)
+    row, column, label, pair_index, token_part = torch.tensor(
+        scored, dtype=torch.long, device=device).view(-1, 5).T                          # (N,) each
+    if shortcuts.split_head:
+        hidden = model.base_model(**inputs).last_hidden_state[row, column]              # (N, D)
+        logps = head_logps(model.get_output_embeddings(), hidden, label)                # (N,)
     else:
-        logps = token_logps(output.logits[row, column], label)                                      # (N,)
-    place = pair * 4 + kind
-    sums, counts = (logps.new_zeros(len(pairs) * 4).index_add(0, place, values).view(-1, 4)
-                    for values in (logps, torch.ones_like(logps)))                                  # (B, kinds) each
-    both = torch.tensor([[0, 1, 1, 0], [0, 1, 0, 1], [1, 1, 1, 0]], device=device)      # A counts for y+ and for y-
-    totals, lengths = ((x[:, None] * both).sum(-1) for x in (sums, counts))     # (B, 3); autocast would take sums @ both.T in bf16
-    means = totals / lengths.clamp(min=1)
-    chosen_logps, rejected_logps = (means if average else totals)[:, :2].unbind(1)
-    return chosen_logps, rejected_logps, -means[:, 2]
+        logps = token_logps(model(**inputs).logits[row, column], label)
+
+    def total(values: Tensor, parts: Sequence[int]) -> Tensor:
+        """Sum over the tokens of these parts of each pair: (N,) -> (pairs,)."""
+        counted = torch.isin(token_part, torch.tensor(parts, device=device))
+        return values.new_zeros(len(pairs)).index_add(0, pair_index, values.where(counted, 0.0))
+
+    def mean(logps: Tensor, parts: Sequence[int]) -> Tensor:
+        return total(logps, parts) / total(torch.ones_like(logps), parts).clamp(min=1)
+
+    add_up = mean if average else total
+    return PairLogps(add_up(logps, (*shared, CHOSEN)), add_up(logps, (*shared, REJECTED)),
+                     -mean(logps, nll_parts))
 
 
-def shared_layout(pair: Pair):
-    """One row [x A | B C | B' C]: the branches start at the same position id, and the mask keeps them apart.
+def shared_layout(pair: Pair, branches: Sequence[int] = (CHOSEN, REJECTED)):
+    """One sequence [x A | B C | B' C]: both branches start at the same position id.
 
-    Returns ([(tokens, positions, branches)], [(row, column, label, kind)]). The last token of x A predicts the first
-    of both branches; the last token of a branch predicts nothing, so it is left out.
+    branches: with one of them, the sequence is plainly [x A B C] or [x A B' C].
+    Returns (tokens, positions, branch_of) and a list of (column, label, part), one per scored
+    token. branch_of: the branch of each token; x and A, which all branches see, are PROMPT there.
+    The last token of x A predicts the first one of every branch; the last token of a branch
+    predicts nothing and is left out.
 
-        x = [1], A = [2], B C = [3, 4], B' C = [5, 4]  ->  tokens 1 2 3 5, positions 0 1 2 2, branches 0 0 1 2
+        x = [1], A = [2], B C = [3, 4], B' C = [5, 4]
+        ->  tokens 1 2 3 5, positions 0 1 2 2, branch_of 0 0 2 3
     """
     prefix = [*pair.prompt, *pair.chosen[:pair.start]]
-    p, x = len(prefix), len(pair.prompt)
-    tokens, positions, branches = list(prefix), list(range(p)), [0] * p
-    scored = [(0, t - 1, prefix[t], PROMPT if t < x else SHARED) for t in range(1, p)]
-    for kind, branch in ((CHOSEN, pair.chosen[pair.start:]), (REJECTED, pair.rejected[pair.start:])):
+    x, p = len(pair.prompt), len(prefix)
+    tokens, positions, branch_of = list(prefix), list(range(p)), [PROMPT] * p
+    labels = [(t - 1, prefix[t], PROMPT if t < x else SEGMENT_A) for t in range(1, p)]
+    for part in branches:
+        branch = (pair.chosen if part == CHOSEN else pair.rejected)[pair.start:]
         columns = [p - 1, *range(len(tokens), len(tokens) + len(branch) - 1)]
-        scored += [(0, column, label, kind) for column, label in zip(columns, branch)]
+        labels += [(column, label, part) for column, label in zip(columns, branch, strict=False)]
         tokens += branch[:-1]
         positions += range(p, p + len(branch) - 1)
-        branches += [kind] * (len(branch) - 1)
-    return [(tokens, positions, branches)], scored
+        branch_of += [part] * (len(branch) - 1)
+    return (tokens, positions, branch_of), labels
 
 
-def concatenated_layout(pair: Pair):
-    """Two rows, [x A B C] and [x A B' C], for models that can't share; A is scored in the first. As shared_layout."""
-    x, p = len(pair.prompt), len(pair.prompt) + pair.start
-    rows, scored = [], []
-    for row, (kind, response) in enumerate([(CHOSEN, pair.chosen), (REJECTED, pair.rejected)]):
-        tokens = [*pair.prompt, *response]
-        rows.append((tokens[:-1], list(range(len(tokens) - 1)), [0] * (len(tokens) - 1)))
-        scored += [(row, t - 1, tokens[t], PROMPT if t < x else SHARED if t < p else kind)
-                   for t in range(1 if row == 0 else p, len(tokens))]
-    return rows, scored
-
-
-def head_logps(head, hidden: Tensor, labels: Tensor) -> Tensor:
+def head_logps(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
     """Log-probability of each label from hidden states: (N, D), (N,) -> (N,), in at least fp32.
 
-    In chunks, each recomputed in backward, because the logits of a whole batch (N x V) are the memory peak of training.
+    Works in chunks and computes them again in backward. All logits (N x V) at once would take the
+    most memory of a training step.
     """
-    def chunk_logps(hidden, labels):
+    def chunk_logps(hidden: Tensor, labels: Tensor) -> Tensor:
         return token_logps(head(hidden), labels)
 
     size = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
     if len(labels) <= size:
         return chunk_logps(hidden, labels)
     return torch.cat([checkpoint(chunk_logps, h, y, use_reentrant=False)
-                      for h, y in zip(hidden.split(size), labels.split(size))])
+                      for h, y in zip(hidden.split(size), labels.split(size), strict=True)])
 
 
-# ------------------------------------------------------------------- what a model can do, found out once, not by name
+class PairScorer(nn.Module):
+    """pair_logps as the forward of a module, for DDP or FSDP to wrap.
+
+    They synchronise gradients only for calls of the module that they wrap.
+    """
+
+    def __init__(self, model: nn.Module, shortcuts: Shortcuts | None = None):
+        super().__init__()
+        self.model, self.shortcuts = model, shortcuts
+
+    def forward(self, pairs: Sequence[Pair], **kwargs) -> PairLogps:
+        """kwargs: average, skip_shared and nll_on of pair_logps."""
+        return pair_logps(self.model, pairs, shortcuts=self.shortcuts, **kwargs)
+
+
+# -------------------------------------------------------------- talking to models of transformers
+
+def attention_masks(model, allowed: Tensor, query_position: Tensor,
+                    key_position: Tensor) -> dict[str, Tensor]:
+    """Which keys each query attends to, for every kind of layer that `model` has.
+
+    allowed: (rows or 1, queries, keys) bool. Positions: (rows or 1, queries) and (rows or 1, keys).
+    A sliding window goes by position, not by column, because columns may hold branches.
+    Returns (rows or 1, 1, queries, keys) floats to add to the scores: 0, or a very negative number.
+    """
+    config, window = text_config(model), sliding_window(model)
+    kinds = (getattr(config, "layer_types", None)
+             or ["sliding_attention" if window else "full_attention"])
+    dtype = next(model.parameters()).dtype
+    masks = {}
+    for kind in dict.fromkeys(kinds):
+        visible = allowed
+        if kind == "sliding_attention" and window:
+            distance = query_position[:, :, None] - key_position[:, None]
+            visible = allowed & (distance < window)
+        # Half of the smallest number: autocast may turn it into bf16, whose range is smaller.
+        blocked = torch.finfo(dtype).min / 2
+        mask = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, blocked)
+        masks[kind] = mask[:, None]
+    return masks
+
+
+def mask_argument(masks: dict[str, Tensor]):
+    """A model with one kind of layers takes a mask, one that mixes them takes the dictionary."""
+    return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def cache_argument(model) -> str:
+    """The forward argument that takes the cache: past_key_values before transformers 5.24."""
+    return "cache" if forward_takes(model, "cache") else "past_key_values"
+
+
+def forward_takes(model, name: str) -> bool:
+    """Does the model's forward take an argument of this name? Wrappers (peft) hand it on inside."""
+    return any(name in inspect.signature(module.forward).parameters
+               for module in itertools.islice(model.modules(), 4))
+
+
+def text_config(model):
+    """The configuration of the language model, also for a model that reads images; or None."""
+    config = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def sliding_window(model) -> int | None:
+    """The tokens that a layer with a window looks back on; None where no layer has one."""
+    config = text_config(model)
+    if not getattr(config, "use_sliding_window", True):     # the number beside it is a leftover
+        return None
+    return getattr(config, "sliding_window", None)
+
 
 @contextlib.contextmanager
 def eval_mode(model):
-    """No dropout inside; every module's own mode put back after."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    """No dropout inside. Modules that were in training mode are put back into it after."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module in training:
+            module.training = True
+
+
+# ------------------------------------------------------------------------------ checking arguments
+
+def pad(sequences: Sequence[Sequence[int]], value: int = 0) -> list[list[int]]:
+    """Sequences made equally long on the right."""
+    longest = max(map(len, sequences))
+    return [[*sequence, *[value] * (longest - len(sequence))] for sequence in sequences]
+
+
+def one_each(value, sequences: Sequence, name: str) -> list:
+    """One value for all sequences, or one for each, as a list."""
+    values = [value] * len(sequences) if np.ndim(value) == 0 else list(value)
+    if len(values) != len(sequences):
+        raise ValueError(f"{name} has {len(values)} values for {len(sequences)} sequences")
+    return values
+
+
+def end_token_ids(eos_token_id: int | Sequence[int] | None) -> list[int]:
+    """An end token, several of them, or None, as a list. Raises ValueError for what is no id."""
+    if eos_token_id is None:
+        return []
+    return as_ids([eos_token_id] if np.ndim(eos_token_id) == 0 else eos_token_id, "eos_token_id")
+
+
+def as_ids(ids: Sequence[int], name: str) -> list[int]:
+    """Token ids as Python integers. Raises ValueError for text, fractions or nested lists."""
+    try:
+        return [operator.index(token) for token in ids]
+    except TypeError:
+        raise ValueError(f"{name} must hold token ids, not {str(ids)[:40]!r}") from None
+
+
+def checked_pair(pair: Pair) -> Pair:
+    """The pair with Python integers for ids. Raises ValueError where it can't be scored."""
+    prompt, chosen, rejected = (as_ids(getattr(pair, name), f"{name} of a pair")
+                                for name in ("prompt", "chosen", "rejected"))
+    if not prompt:
+        raise ValueError("the prompt of a pair is empty: nothing predicts the first token")
+    if not 0 <= pair.start <= min(len(chosen), len(rejected)):
+        raise ValueError(f"start {pair.start} of a pair lies outside its responses")
+    if chosen[:pair.start] != rejected[:pair.start]:
+        raise ValueError(f"chosen and rejected of a pair differ before start {pair.start}")
+    return pair._replace(prompt=prompt, chosen=chosen, rejected=rejected)
+
+
+def refuse_model(model, function: str, advice: str) -> None:
+    """Raise ValueError for a wrapper (DDP, FSDP, DataParallel) and for what is no causal LM."""
+    if hasattr(model, "module"):
+        raise ValueError(f"{function} takes a model, not {type(model).__name__}: {advice}")
+    config = getattr(model, "config", None)
+    bidirectional = type(model).__name__.endswith("ForMaskedLM") or (
+        getattr(config, "is_decoder", True) is False
+        and not any(getattr(module, "is_causal", False) for module in model.modules()))
+    if getattr(config, "is_encoder_decoder", False) or bidirectional:
+        raise ValueError(f"{function} takes a causal language model, "
+                         f"which {type(model).__name__} is not")
+
+
+# --------------------------------------------------- read last: what a model can do, found by trial
+
+def find_shortcuts(model) -> Shortcuts:
+    """Which shortcuts of pair_logps give the plain numbers for this model as it is now.
+
+    Tries each shortcut on two random pairs and compares with the plain result: some models ignore
+    a 4-D mask or position ids, others scale or cap the logits behind their head. If rounding errors
+    are as large as the effect of a wrong context, the trial can't tell; then the shortcut is not
+    used. Nothing is remembered: ask again after a change to the model (adapters, dtype, attention,
+    hooks).
+    """
+    refuse_model(model, "find_shortcuts", "pass the model inside the wrapper")
+    if (getattr(text_config(model), "max_position_embeddings", None) or 64) < 64:
+        return Shortcuts(False, False)          # too few positions for the trial
+    with trial(model) as (tokens, low_precision):
+        prompt, a, bc, new_bc = tokens[:-31], tokens[-31:-27], tokens[-27:-15], tokens[-15:-5]
+        pairs = [Pair(prompt, a + bc, a + new_bc, len(a)),
+                 Pair(tokens[:5], tokens[5:9], tokens[-5:], 0)]
+        def score(score_pairs: Callable, pairs: list[Pair], *shortcuts) -> Tensor:  # (3, pairs)
+            return torch.stack(score_pairs(model, pairs, False, False, "prompt", *shortcuts))
+
+        expected = score(plain_pair_logps, pairs)
+        # What another context, y+ in front of both responses, does to the numbers.
+        mixed = [Pair([*p.prompt, *p.chosen], p.chosen, p.rejected, p.start) for p in pairs]
+        effect = (score(plain_pair_logps, mixed) - expected).norm()
+        tolerance = 0.05 if low_precision else 0.002
+        head = head_can_be_split(model, tokens, 2e-2 if low_precision else 1e-4)
+        heads = (True, False) if head else (False,)
+        for shortcuts in [Shortcuts(share, split) for share in (True, False) for split in heads]:
+            try:
+                error = (score(fast_pair_logps, pairs, shortcuts) - expected).norm()
+            except Exception:           # whatever a model raises at input that it does not know
+                continue
+            if error <= tolerance * effect:
+                return shortcuts
+    return Shortcuts(False, False)
+
+
+def head_can_be_split(model, tokens: list[int], tolerance: float) -> bool:
+    """Is logits = head(hidden states), with no scaling or cap after the head?
+
+    Tried with hidden states scaled until the logits reach 1, 30 and 1000: a soft cap does not show
+    on small ones. A shallow copy of the model gets them; the model itself stays as it is.
+    """
+    class StandIn(nn.Module):
+        def forward(self, *args, **kwargs):
+            return output
+
+        def __getattr__(self, name):        # some models call a part of it, such as .decoder
+            return self
+
+    try:
+        head, device = model.get_output_embeddings(), next(model.parameters()).device
+        inputs = dict(input_ids=torch.tensor([tokens[:8]], device=device), use_cache=False)
+        output = model.base_model(**inputs)
+        hidden = output.last_hidden_state                                               # (1, T, D)
+        outer = copy.copy(model)
+        outer._modules = {**model._modules, model.base_model_prefix: StandIn()}
+        for size in (1, 30, 1000):
+            output.last_hidden_state = hidden * (size / head(hidden).abs().max())
+            error = outer(**inputs).logits.float() - head(output.last_hidden_state).float()
+            if not error.abs().max() <= tolerance * size:
+                return False
+        return True
+    except Exception:                   # a model that has no such parts
+        return False
+
+
+def check_generation(model, decode_step: Callable | None = None) -> None:
+    """Raise ValueError where decoding with KVCache is not what the model gives without a cache.
+
+    This happens with models that are not causal, keep another kind of cache (Mamba), or have a
+    window by column. decode_step: the step to try; None tries the plain one.
+    """
+    refuse_model(model, "check_generation", "pass the model inside the wrapper")
+    steps: list[Tensor] = []
+    with trial(model) as (tokens, low_precision):
+        prefixes, answers = [tokens[:-20], tokens[-20:-12]], [tokens[-12:-6], tokens[-6:]]
+
+        def choose(logits: Tensor) -> Tensor:       # the tokens of `answers`, whatever the logits
+            steps.append(logits)
+            return torch.tensor([answer[len(steps) - 1] for answer in answers]).to(logits.device)
+
+        try:
+            decode(model, decode_step or plain_decode_step(model), prefill(model, prefixes, 6),
+                   prefixes, [6, 6], [False, False], [], choose)
+            for i, (prefix, answer) in enumerate(zip(prefixes, answers, strict=True)):
+                ids = torch.tensor([[*prefix, *answer]], device=steps[0].device)
+                logits = model(input_ids=ids, use_cache=False).logits[0].float()
+                expected = logits[len(prefix) - 1:-1]                                   # (6, V)
+                error = (torch.stack(steps, 1)[i] - expected).abs().mean()
+                if not error <= (0.1 if low_precision else 1e-3) * expected.std():
+                    raise ValueError("its logits differ from those without a cache")
+        except Exception as error:      # whatever a model raises at a cache that it does not know
+            raise ValueError(
+                f"{type(model).__name__} can't generate with KVCache: {error}") from error
 
 
 @contextlib.contextmanager
 def trial(model):
-    """For trying a model out: eval mode, no gradient, full precision, and a window small enough for a short trial to cross."""
-    config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    try:
-        if window:
-            config.sliding_window = 4
-        with eval_mode(model), torch.no_grad(), torch.autocast(next(model.parameters()).device.type, enabled=False):
-            yield np.random.default_rng(0).integers(0, config.vocab_size, 40).tolist()
-    finally:
-        if window:
-            config.sliding_window = window
+    """Random tokens to try a model with, and whether the model computes in low precision.
 
-
-def check_generation(model) -> bool:
-    """Does decoding with KVCache give what the model gives without a cache? Tried on first use, kept on the model.
-
-    Returns whether the decode step may be recorded (see recorded_step). Raises ValueError for a model whose attention
-    can't work with this cache, or has none (Mamba).
+    More tokens than the sliding window has, where there is one. Inside: eval mode, no gradients,
+    and none of the caller's autocast.
     """
-    def greedy(logits):
-        steps.append(logits)
-        return logits.argmax(-1)
-
-    if not hasattr(model, "_sapo_generates"):
-        first = next(model.parameters())
-        tolerance = 1e-3 if first.dtype in (torch.float32, torch.float64) else 0.1
-        on_cpu = first.device.type == "cpu"         # where Python is what is slow; a GPU wants CUDA graphs
-        with trial(model) as token:
-            prefixes = [token[:9], token[9:23]]
-            for record in (True, False) if on_cpu else (False,):
-                steps = []
-                try:
-                    answers = _generate(model, prefixes, [3, 6], [False, False], [], 1, greedy, record)
-                    for i, (prefix, answer) in enumerate(zip(prefixes, answers)):
-                        expected = model(torch.tensor([prefix + answer[:-1]], device=model.device)).logits[0, len(prefix) - 1:].float()
-                        found = torch.stack([logits[-i] for logits in steps[:len(answer)]])     # the longer one is last, then alone
-                        if not (found - expected).abs().mean() <= tolerance * expected.std():
-                            raise ValueError("its logits differ from those it gives without a cache")
-                    break
-                except Exception as error:      # whatever a model raises at a cache it does not know
-                    reason = error
-            else:
-                raise ValueError(f"{type(model).__name__} can't generate with KVCache: {reason}") from reason
-        model._sapo_generates = record
-    return model._sapo_generates
-
-
-def probe(model) -> tuple[bool, bool]:
-    """Which shortcuts of scoring are exact for this model: (shared prefix, head applied apart). Kept on the model.
-
-    Two small pairs are scored the plain way, whole sequences through the model's own logits, and with the shortcuts, and
-    the numbers compared. Some models ignore a 4-D mask or position ids, some scale or cap their logits.
-    """
-    if not hasattr(model, "_sapo_exact"):
-        with trial(model) as token:
-            pairs = [Pair(token[:9], token[9:25], token[9:13] + token[25:35], 4), Pair(token[:5], token[5:9], token[35:40], 0)]
-            expected = torch.stack(_score(model, pairs, False, range(4), False, False))
-            tolerance = 1e-4 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 2e-2
-            for share_prefix, split_head in ((True, True), (True, False), (False, True), (False, False)):
-                try:
-                    found = torch.stack(_score(model, pairs, False, range(4), share_prefix, split_head))
-                except Exception:               # whatever a model raises at input it does not know, it can't share
-                    continue
-                if torch.allclose(found, expected, rtol=tolerance, atol=tolerance):
-                    break
-        if not share_prefix:
-            print(f"{type(model).__name__}: sharing the prefix of a pair is not exact for this model; pairs are concatenated")
-        model._sapo_exact = (share_prefix, split_head)
-    return model._sapo_exact
+    config, first = text_config(model), next(model.parameters())
+    names = ("window_size", "attention_window_size", "attention_chunk_size")
+    windows = [sliding_window(model), *(getattr(config, name, None) for name in names)]
+    positions = getattr(config, "max_position_embeddings", None) or 2 ** 20
+    # 64: room for the trial's sequences, which are up to 41 tokens longer than the window.
+    length = 40 + max((n for n in windows if n and n + 64 <= positions), default=0)
+    with eval_mode(model), torch.no_grad(), torch.autocast(first.device.type, enabled=False):
+        ids = torch.zeros(1, 8, dtype=torch.long, device=first.device)
+        logits = model(input_ids=ids, use_cache=False).logits.float()                   # (1, 8, V)
+        tokens = np.random.default_rng(0).integers(0, logits.shape[-1], length).tolist()
+        rounded = [logits.to(dtype).float() for dtype in (torch.bfloat16, torch.float16)]
+        yield tokens, any(torch.equal(logits, other) for other in rounded)

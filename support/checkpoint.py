@@ -1,245 +1,307 @@
-"""Checkpoints: everything a run needs to go on as if it had never stopped, and the folder a run lives in.
+"""Checkpoints: everything that a run needs to go on as if it had never stopped.
 
-A checkpoint is a folder RUN/checkpoints/step-000120 with shared.pt (what all processes have in common), rank0.pt, ...
-(what each has of its own) and manifest.json with the SHA-256 of each. It is written under another name, flushed to the
-disk, and renamed when it is whole, so that a folder of that name was whole once; the manifest tells whether it still is.
-Files are read with weights_only=True: nothing in them is ever executed.
+A checkpoint is a folder RUN/checkpoints/step-000120 with shared.pt (the state that all processes
+have in common), rank0.pt, rank1.pt, ... (the state of each process) and manifest.json:
+
+    {"step": 120, "processes": 1, "bad_steps_in_a_row": 0,
+     "files": {"shared.pt": {"bytes": 8123456, "sha256": "9f86d0..."},
+               "rank0.pt": {"bytes": 20480, "sha256": "2c2624..."}}}
+
+The folder is written under another name (.partial), flushed to the disk, and renamed once it is
+complete. So a folder named step-NNNNNN was complete once, and the manifest tells whether it still
+is. Files are read with weights_only=True: nothing in them is ever executed.
+
+`world` stands for the processes of the run (support/parallel.py). This file uses its rank, size,
+is_main, sharded, run_on_rank0(function) and run_on_all(function).
 """
-import hashlib
-import itertools
-import json
+import contextlib
 import os
-import pickle
 import re
-import shutil
 from pathlib import Path
 
 import torch
 
+from buffer import ReplayBuffer
 from sapo import Pair
-from support.parallel import lost_process, out_of_memory
-from support.report import write_json, write_whole
-from support.shard import own_share, whole_state
 from support.errors import RunFailed, UserError, error_text
-from support.settings import Settings, changes, located, run_folder, say_changes
+from support.files import flush, flush_folder, read_json, remove_tree, sha256, write_json
+from support.parallel import lost_process, out_of_memory
+from support.settings import run_folder
+from support.shard import full_state, local_state
 
 MANIFEST = "manifest.json"
-OWN_NAMES = ("metrics.jsonl", "settings.json", "summary.json", "checkpoints", "tensorboard", "final")      # what a run puts into its folder
+SHARED = "shared.pt"
+BAD_STEPS = "bad_steps_in_a_row"
 
 
-def new_run_folder(settings: Settings) -> Path:
-    """The output folder, made: --out, or the next free runs/NNNN. Raises UserError where it holds a run already, unless
-    --overwrite is given: then that run's files are removed, and no others."""
-    if settings.out is None:
-        numbers = (Path("runs") / f"{number:04d}" for number in itertools.count(1))
-        folder = next(folder for folder in numbers if not folder.exists())
-    else:
-        folder = Path(settings.out)
-    old = [folder / name for name in OWN_NAMES if (folder / name).exists()]
-    if old and not settings.overwrite:
-        raise UserError(f"--out {folder}: holds a run already; name another folder, go on with --resume {folder}, or replace it with --overwrite")
-    needed = [located(name).resolve() for name in (settings.model, settings.data, settings.eval_data) if name]
-    if any(path.resolve() in (source, *source.parents) for path in old for source in needed):
-        raise UserError(f"--overwrite: {folder} holds the model or the data that this run starts from; name another folder")
-    try:
-        for path in old:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        folder.mkdir(parents=True, exist_ok=settings.out is not None)
-    except OSError as error:
-        raise UserError(f"--out {folder}: {error.strerror}") from None
-    return folder
+def write_checkpoint(run: Path, step: int, world, replicated_state: dict, per_rank_state: dict,
+                     progress: dict, keep: int) -> Path:
+    """Write RUN/checkpoints/step-NNNNNN, all processes together, and prune the older ones.
 
+    replicated_state: name -> object with a state_dict(), or None; the same in every process.
+    per_rank_state: the same shape; what each process has of its own.
+    progress: plain numbers, strings, lists and dictionaries. Its "bad_steps_in_a_row" (0 where
+    the key is missing) counts the steps without a finite loss or gradient up to this one.
+    keep: how many of the newest checkpoints stay, at least 1. Whatever its number, the checkpoint
+    just written stays, and so does the newest one from before a streak of bad steps.
 
-def write_checkpoint(run: Path, step: int, world, shared: dict, own: dict, tally: dict, keep: int) -> None:
-    """Write RUN/checkpoints/step-NNNNNN, all processes together; older ones beyond `keep` go once it is whole.
-
-    shared, own: name -> what has a state_dict(), or None; the same in every process, and this one's own. tally: plain
-    numbers. Raises RunFailed on every process when one could not write (a full disk): the checkpoints before it are untouched.
+    Returns the checkpoint's folder. Raises RunFailed on every process where one could not write
+    (a full disk); the checkpoints that were there before are untouched then.
     """
     final = run / "checkpoints" / f"step-{step:06d}"
     partial = final.with_suffix(".partial")
     try:
-        world.on_main(lambda: fresh_folder(partial))
-        files = {f"rank{world.rank}.pt": states(own)}
-        common = whole_state(states(shared), keep=world.is_main)        # of sharded models all processes have a part
+        world.run_on_rank0(lambda: make_fresh_folder(partial))
+        files = {rank_file(world.rank): states(per_rank_state)}
+        # Every process takes part in gathering what is sharded; rank 0 gets the result.
+        replicated = full_state(states(replicated_state), keep=world.is_main)
         if world.is_main:
-            files["shared.pt"] = common | {"tally": tally, "step": step}
-        parts = world.everywhere(lambda: {name: write_file(partial / name, state) for name, state in files.items()})
-        hashes = {name: digest for part in parts for name, digest in part.items()}
-        world.on_main(lambda: finish(partial, final, {"step": step, "processes": world.size, "sha256": hashes}, keep))
-    except (OSError, RuntimeError) as error:        # RuntimeError: what torch.save makes of a write that failed
+            files[SHARED] = replicated | {"progress": progress}
+        written = world.run_on_all(
+            lambda: {name: write_state(partial / name, state) for name, state in files.items()})
+        manifest = {"step": step, "processes": world.size,
+                    BAD_STEPS: int(progress.get(BAD_STEPS, 0)),
+                    "files": {name: facts for part in written for name, facts in part.items()}}
+        world.run_on_rank0(lambda: complete(partial, final, manifest))
+    except (OSError, RuntimeError) as error:    # RuntimeError: torch.save where a write failed
         if lost_process(error) or out_of_memory(error):
             raise
         if world.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-        last = newest(run)
-        raise RunFailed(f"{final}: could not write the checkpoint ({error_text(error)}); make room and go on with --resume {run} "
-                        + (f"from {last.name}" if last else "from the start")) from None
+            remove_if_possible(partial)
+        newest = newest_checkpoint(run)
+        raise RunFailed(
+            f"{final}: could not write the checkpoint ({error_text(error)}); make room and go on "
+            f"with --resume {run} from {newest.name if newest else 'the start'}") from None
+    world.run_on_rank0(lambda: prune(run, final, keep))
+    return final
 
 
-def states(parts: dict) -> dict:
-    return {name: part.state_dict() for name, part in parts.items() if part is not None}
+def read_checkpoint(checkpoint: Path, world, replicated_state: dict, per_rank_state: dict,
+                    check=None) -> tuple[int, dict]:
+    """Load what write_checkpoint wrote into the same objects, all processes together.
 
-
-def fresh_folder(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)       # left by a run that was killed while it wrote
-    folder.mkdir(parents=True)
-
-
-def write_file(path: Path, state: dict) -> str:
-    """Save a state, flushed to the disk; returns the file's SHA-256."""
-    with open(path, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    return sha256(path)
-
-
-def finish(partial: Path, final: Path, manifest: dict, keep: int) -> None:
-    """The manifest, then the name, then the old ones: in this order, so that every moment leaves something whole."""
-    write_json(partial / MANIFEST, manifest)
-    flush_folder(partial)
-    shutil.rmtree(final, ignore_errors=True)        # of the same step, from before a resume
-    partial.rename(final)
-    flush_folder(final.parent)
-    for old in all_checkpoints(final.parent.parent)[:-keep]:
-        old.rename(old.with_suffix(".partial"))     # removing takes a while, and half of one must not look like one
-    for left in final.parent.glob("*.partial"):
-        shutil.rmtree(left)
-
-
-def flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def all_checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run that were completed, oldest first."""
-    found = (manifest.parent for manifest in run.glob(f"checkpoints/*/{MANIFEST}"))
-    return sorted((folder for folder in found if re.fullmatch(r"step-\d+", folder.name)), key=step_of)     # no copies of one
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
-
-
-def newest(run: Path) -> Path | None:
-    """The newest completed checkpoint of a run, or None."""
-    return next(reversed(all_checkpoints(run)), None)
-
-
-def to_go_on_from(resume: str) -> Path | None:
-    """The checkpoint that --resume names, by itself or as the newest of its run; None where there is none yet."""
-    path, run = Path(resume), run_folder(resume)
-    if path != run and path not in all_checkpoints(run):
-        raise UserError(f"--resume {resume}: not a checkpoint that was completed (a folder step-NNNNNN with a {MANIFEST})")
-    return path if path != run else newest(run)
-
-
-def read_checkpoint(checkpoint: Path, world, shared: dict, own: dict) -> tuple[int, dict]:
-    """Load what write_checkpoint wrote into the same parts; returns the step and the tally.
-
-    Raises UserError when a file is missing or not what the manifest says, naming it and the checkpoint before; or when
-    another number of processes wrote it.
+    check(progress): called before anything is loaded; raises where the run can't go on from here.
+    Returns the step and the progress. Raises UserError on every process: when a file is missing
+    or is not what the manifest says (the sentence names the file, and the checkpoint before this
+    one), when another number of processes wrote the checkpoint, and when the states do not fit
+    the objects.
     """
-    manifest = world.on_main(lambda: verified(checkpoint))
-    if manifest["processes"] != world.size:
-        raise UserError(f"--resume: {checkpoint} was written by {manifest['processes']} processes and this run has {world.size}; "
-                        f"start it with --nproc_per_node {manifest['processes']}")
-    read = []
-    # A sharded run reads its share alone from the disk.
-    world.everywhere(lambda: read.extend(load_file(checkpoint / name, mmap=world.sharded) for name in ("shared.pt", f"rank{world.rank}.pt")))
+    manifest = world.run_on_rank0(lambda: verified_manifest(checkpoint))
+    processes = manifest["processes"]
+    if processes != world.size:
+        raise UserError(f"--resume: {checkpoint} was written by {processes} processes and this run "
+                        f"has {world.size}; start it with --nproc_per_node {processes}")
+    progress = world.run_on_all(
+        lambda: load_parts(checkpoint, world, replicated_state, per_rank_state, check))
+    return manifest["step"], progress[world.rank]
+
+
+def load_parts(checkpoint: Path, world, replicated_state: dict, per_rank_state: dict,
+               check=None) -> dict:
+    """Load this process's objects from the two files that it needs; returns the progress."""
+    # mmap: a sharded run reads no more of the file than this process's share.
+    shared = load_file(checkpoint / SHARED, mmap=world.sharded)
+    own = load_file(checkpoint / rank_file(world.rank), mmap=world.sharded)
     try:
-        for name, part in shared.items():
+        progress = dict(shared["progress"])
+        if check is not None:
+            check(progress)
+        for name, part in replicated_state.items():
             if part is not None:
-                part.load_state_dict(own_share(part, read[0][name]) if world.sharded else read[0][name])
-        for name, part in own.items():
-            if part is not None:
-                part.load_state_dict(read[1][name], **({"item": Pair} if name == "buffer" else {}))
-    except (RuntimeError, ValueError, KeyError) as error:
+                part.load_state_dict(local_state(part, shared[name]) if world.sharded
+                                     else shared[name])
+        for name, part in per_rank_state.items():
+            if isinstance(part, ReplayBuffer):
+                part.load_state_dict(own[name], item=Pair)
+            elif part is not None:
+                part.load_state_dict(own[name])
+        return progress
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         if out_of_memory(error):
             raise
-        raise UserError(f"{checkpoint}: does not fit this model and these settings ({error_text(error)})") from None
-    return read[0]["step"], read[0]["tally"]
+        raise UserError(f"{checkpoint}: does not fit this model and these settings "
+                        f"({error_text(error)})") from None
 
 
 def load_file(path: Path, mmap: bool) -> dict:
+    """The state in a file. Raises UserError for one that holds code, or no state at all."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError:
-        raise UserError(f"{path}: holds more than tensors, numbers and text, so no checkpoint of this program; it was not loaded") from None
+    except Exception as error:      # of bytes that are no state, torch's reader can raise anything
+        if out_of_memory(error):
+            raise
+        raise UserError(f"{path}: holds something else than the tensors, numbers and text of a "
+                        "checkpoint; it was not loaded") from None
 
 
-def verified(checkpoint: Path) -> dict:
-    """The manifest, once every file in it is found to be as it was written."""
+def find_checkpoint(resume: str) -> Path | None:
+    """The checkpoint that --resume names, by itself or as the newest of its run.
+
+    None where the run has written none yet. Raises UserError where `resume` is a folder below
+    checkpoints/ that is not a complete checkpoint.
+    """
+    path, run = Path(resume), run_folder(resume)
+    if path == run:
+        return newest_checkpoint(run)
+    if path not in all_checkpoints(run):
+        raise UserError(f"--resume {resume}: not a checkpoint that is complete (a folder "
+                        f"step-NNNNNN with a {MANIFEST})")
+    return path
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None."""
+    return next(reversed(all_checkpoints(run)), None)
+
+
+def newest_good_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint that was not written during a streak of bad steps, or None."""
+    return next((folder for folder in reversed(all_checkpoints(run))
+                 if bad_steps_of(folder) == 0), None)
+
+
+def all_checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first; no copies under other names, no links."""
+    folders = [manifest.parent for manifest in run.glob(f"checkpoints/*/{MANIFEST}")]
+    return sorted((folder for folder in folders
+                   if re.fullmatch("step-[0-9]+", folder.name) and not folder.is_symlink()),
+                  key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Remove a checkpoint, and the folder checkpoints/ where it was the last one in there.
+
+    Does nothing where it is gone already. Raises OSError where it can't be removed.
+    """
+    if not checkpoint.exists():
+        return
+    # Removing takes a while. What is left of it when the process is killed must not look complete.
+    partial = checkpoint.with_suffix(".partial")
+    remove_tree(partial)
+    checkpoint.rename(partial)
+    remove_if_possible(partial)
+    with contextlib.suppress(OSError):          # not empty
+        checkpoint.parent.rmdir()
+
+
+def prune(run: Path, written: Path, keep: int) -> None:
+    """Remove the checkpoints beyond the newest `keep`, but neither `written` nor the newest one
+    from before a streak of bad steps. One that can't be removed stays until the next time."""
+    checkpoints = all_checkpoints(run)
+    kept = {written, *checkpoints[-keep:], newest_good_checkpoint(run)}
+    for folder in checkpoints:
+        if folder not in kept:
+            with contextlib.suppress(OSError):
+                remove_checkpoint(folder)
+
+
+def bad_steps_of(checkpoint: Path) -> int | None:
+    """How many steps in a row were not finite when it was written; None: its manifest is bad."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        files = dict(manifest["sha256"])
-        wrong = next((name for name, digest in files.items() if sha256(checkpoint / name) != digest), None)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        wrong = getattr(error, "filename", None) or MANIFEST
-    if wrong is None:
+        return read_manifest(checkpoint)[BAD_STEPS]
+    except (OSError, ValueError):
+        return None
+
+
+def rank_file(rank: int) -> str:
+    """The name of the file with the state of one process."""
+    return f"rank{rank}.pt"
+
+
+def states(parts: dict) -> dict:
+    """name -> the state of the object of that name, without those that are None."""
+    return {name: part.state_dict() for name, part in parts.items() if part is not None}
+
+
+def make_fresh_folder(folder: Path) -> None:
+    """Make an empty folder; what a killed process left there goes."""
+    remove_tree(folder)
+    folder.mkdir(parents=True)
+
+
+def write_state(path: Path, state: dict) -> dict:
+    """Save a state, flushed to the disk. Returns the file's size and SHA-256."""
+    with open(path, "xb") as file:
+        torch.save(state, file)
+        flush(file)
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def complete(partial: Path, final: Path, manifest: dict) -> None:
+    """Write the manifest and give the folder its name, which makes it a checkpoint."""
+    write_json(partial / MANIFEST, manifest)    # flushes the names in the folder too
+    if os.path.lexists(final):                  # of the same step, which the run has come to again
+        replaced = final.with_suffix(".replaced.partial")
+        remove_tree(replaced)
+        final.rename(replaced)
+    partial.rename(final)
+    flush_folder(final.parent)
+    for left in final.parent.glob("*.partial"):
+        remove_if_possible(left)
+
+
+def remove_if_possible(path: Path) -> None:
+    """Remove a file or folder whose name says that it is of no use. Some network disks refuse
+    while another process has it open; the next checkpoint tries again."""
+    with contextlib.suppress(OSError):
+        remove_tree(path)
+
+
+def verified_manifest(checkpoint: Path) -> dict:
+    """The manifest, once every file is found to be what was written. Raises UserError, naming the
+    first file that is not and the checkpoint before this one."""
+    name = MANIFEST
+    try:
+        manifest = read_manifest(checkpoint)
+        for name, facts in manifest["files"].items():
+            check_size(checkpoint / name, facts["bytes"])
+        for name, facts in manifest["files"].items():
+            if sha256(checkpoint / name) != facts["sha256"]:
+                raise ValueError("its SHA-256 is not that of what was written")
         return manifest
-    before = [other for other in all_checkpoints(checkpoint.parent.parent) if step_of(other) < step_of(checkpoint)]
-    raise UserError(f"{checkpoint}: {Path(wrong).name} is damaged (not what was written, by its SHA-256); "
-                    + (f"go on from the checkpoint before it with --resume {before[-1]}" if before else "there is none before it"))
+    except (OSError, ValueError) as error:
+        reason = error_text(error)
+    earlier = [other for other in all_checkpoints(checkpoint.parent.parent)
+               if step_of(other) < step_of(checkpoint)]
+    advice = (f"go on from the checkpoint before it with --resume {earlier[-1]}" if earlier
+              else "there is none before it")
+    raise UserError(f"{checkpoint}: {name} is damaged ({reason}); {advice}")
 
 
-def changed(settings: Settings) -> dict:
-    """What differs from the settings of the run that is resumed."""
-    return changes(json.loads((run_folder(settings.resume) / "settings.json").read_text(encoding="utf-8")), settings)
+def check_size(path: Path, size: int) -> None:
+    """Raise ValueError unless the file has this many bytes. Tells at once what hashing would tell
+    after reading all of the file."""
+    found = path.lstat().st_size
+    if found != size and not path.is_symlink():         # sha256 has the sentence for a link
+        raise ValueError(f"it has {found} bytes of {size}")
 
 
-def finished(settings: Settings) -> bool:
-    """Did the run that is resumed come to its end, and is no more asked of it now?
+def read_manifest(checkpoint: Path) -> dict:
+    """The manifest, its keys, types and file names checked; the files themselves are not.
 
-    Raises UserError where more is asked and no checkpoint was kept to go on from.
+    Raises ValueError with the reason, or OSError where it can't be read.
     """
-    run = run_folder(settings.resume)
-    if not (run / "summary.json").exists() or Path(settings.resume) != run:
-        return False
-    more = {"steps", "epochs"} & set(changed(settings))
-    if more and newest(run) is None:
-        raise UserError(f"--resume {settings.resume}: the run had finished, and kept no checkpoint to go on from; start a new one with --model {run / 'final'}")
-    return not more
-
-
-def take_up(settings: Settings, done: int, steps: int, other: dict) -> str:
-    """Take the folder of the run that is resumed back to the step it goes on from: its records, later checkpoints, its
-    summary. steps: where the run is to end. other: settings that differ. Returns what to say of it.
-
-    Raises UserError when the run is beyond its end already.
-    """
-    run = run_folder(settings.resume)
-    if done > steps:
-        raise UserError(f"--resume {settings.resume}: {steps} steps are fewer than the {done} it has taken; name a checkpoint from before")
-    trim_metrics(run / "metrics.jsonl", done)
-    (run / "summary.json").unlink(missing_ok=True)
-    later = [checkpoint for checkpoint in all_checkpoints(run) if step_of(checkpoint) > done]
-    for checkpoint in later:
-        checkpoint.rename(checkpoint.with_suffix(".partial"))
-        shutil.rmtree(checkpoint.with_suffix(".partial"))
-    return (f"{run}: " + (f"going on after step {done}" if done else "no checkpoint was written yet; starting over")
-            + (f", without the later {', '.join(checkpoint.name for checkpoint in later)}" if later else "")
-            + (f", with other settings: {say_changes(other)}" if other else ""))
-
-
-def trim_metrics(path: Path, step: int) -> None:
-    """Drop the records after `step`, which the run will write again; what was cut short goes with them."""
-    kept = []
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-        try:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                break
-        except ValueError:
-            break
-        kept.append(line)
-    write_whole(path, b"".join(kept))
+    manifest = read_json(checkpoint / MANIFEST)
+    if set(manifest) != {"step", "processes", BAD_STEPS, "files"}:
+        raise ValueError(f"its keys are not step, processes, {BAD_STEPS} and files")
+    for name in ("step", "processes", BAD_STEPS):
+        if type(manifest[name]) is not int or manifest[name] < 0:       # a bool is an int to Python
+            raise ValueError(f"its {name} is not a count")
+    if manifest["step"] != step_of(checkpoint):
+        raise ValueError("it is of another step than the folder's name says")
+    files, processes = manifest["files"], manifest["processes"]
+    # The lengths first: a manifest may claim more processes than names fit into memory.
+    if not isinstance(files, dict) or len(files) != processes + 1 or processes == 0 or set(
+            files) != {SHARED, *(rank_file(rank) for rank in range(processes))}:
+        raise ValueError(f"its files are not {SHARED} and one rankN.pt for each process")
+    for facts in files.values():
+        if not (isinstance(facts, dict) and set(facts) == {"bytes", "sha256"}
+                and type(facts["bytes"]) is int and isinstance(facts["sha256"], str)
+                and re.fullmatch("[0-9a-f]{64}", facts["sha256"])):
+            raise ValueError("it does not give bytes and sha256 of each file")
+    return manifest

@@ -2,13 +2,13 @@
 
 
 def printable(text: str) -> str:
-    """`text` on one line, safe for a terminal: a model, a file name or a column may hold escape sequences.
+    """`text` on one line, safe for a terminal. A model, a file name or a column may hold escapes.
 
     Line breaks become \\n; other characters that do not print become \\x.. or \\u.....
     """
     return "".join(
-        char if char.isprintable() else "\\n" if char == "\n" else char.encode("unicode_escape").decode()
-        for char in text)
+        char if char.isprintable() else "\\n" if char == "\n"
+        else char.encode("unicode_escape").decode() for char in text)
 
 
 class UserError(Exception):
@@ -30,10 +30,11 @@ class Stopped(UserError):
 
 
 class RunFailed(UserError):
-    """The run can't go on: the disk is full, no step is finite any more, or another process is gone."""
+    """The run can't go on: a full disk, no finite step any more, or another process is gone."""
     status = 4
 
 
 def error_text(error: BaseException) -> str:
     """The first line of another library's error message."""
-    return getattr(error, "strerror", None) or str(error).strip().split("\n")[0] or type(error).__name__
+    first_line = str(error).strip().split("\n")[0]
+    return getattr(error, "strerror", None) or first_line or type(error).__name__

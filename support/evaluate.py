@@ -1,100 +1,101 @@
-"""Held-out rows: exact match by the data's own check, likelihood of the chosen responses, preference over pairs."""
+"""Held-out rows: exact match by the data's own check, likelihood of the responses, preference."""
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
-from sapo import Example, Pair, generate_segments, make_pairs, pair_logps
+from sapo import Pair, generate_segments, pair_logps
 from support.checks import matches_check
-from support.tokenize_rows import Row
+from support.pair_sources import column_pair
+from support.parallel import batches
+from support.tokenize_rows import TokenizedExample
 
 
 class Evaluation:
-    """Evaluates a model on the same held-out rows and pairs every time.
+    """Evaluates a model on the same held-out examples and pairs every time.
 
-    The pairs come from where training gets its own: the data's rejected column with --rejected data, otherwise rewrites
-    of the held-out responses by the model that training starts from, made once, here, whatever the run's seed. Where
-    held-out rows have a rejected response, these pairs count besides (data_...), whatever the method.
+    The pairs come from where training gets its own. With --rejected data that is the rejected
+    column. Otherwise the model that training starts from rewrites the held-out responses, once,
+    here, whatever the run's seed. Held-out rows with a rejected response are measured besides
+    (data_...), whatever the method.
     """
 
-    def __init__(self, settings, world, tokenizer, ends: list[int], rows: list[Row], start_model, whole):
-        """start_model: what training starts from. whole: gives a model as one that can generate (Whole)."""
-        self.settings, self.world, self.tokenizer, self.ends, self.whole = settings, world, tokenizer, ends, whole
-        self.rows = sorted(rows[world.rank::world.size], key=lambda row: len(row.prompt))
-        self.columns = [column_pair(row) for row in self.rows if row.rejected]
-        if settings.rejected == "data":
-            self.pairs = self.columns
+    def __init__(self, settings, world, tokenizer, eos_ids: list[int],
+                 examples: list[TokenizedExample], start_model, generating, shortcuts,
+                 rewrite: Callable):
+        """start_model: what training starts from. generating: a GeneratingModels.
+
+        rewrite(model, examples, rngs, num_rejected, generator): a list of pairs per example.
+        """
+        self.settings, self.world, self.tokenizer = settings, world, tokenizer
+        self.eos_ids, self.generating, self.shortcuts = eos_ids, generating, shortcuts
+        self.examples = sorted(examples[world.rank::world.size], key=lambda e: len(e.prompt))
+        self.column_pairs = [column_pair(e) for e in self.examples if e.rejected]
+        if settings.rejected == "data" and settings.loss != "sft":
+            self.pairs = self.column_pairs
         else:
             generator = torch.Generator(world.device).manual_seed(world.rank)
-            with world.precision(), whole.of(start_model) as model:
-                self.pairs = write_pairs(settings, model, self.rows, ends, [[row.number] for row in self.rows], generator, 1)
+            rngs = [np.random.default_rng([e.example_id]) for e in self.examples]
+            with world.precision():
+                pairs = rewrite(start_model, self.examples, rngs, 1, generator)
+            self.pairs = [pair for pair, in pairs]
 
     @torch.no_grad()
     def __call__(self, model) -> dict[str, float]:
-        """exact_match, nll, preference_accuracy and _margin, data_accuracy and _margin, chosen_logps, as far as the rows allow."""
-        with self.world.precision(), self.whole.of(model) as model:
-            scored = self._score(model, self.pairs)
-            columns = scored if self.columns is self.pairs else self._score(model, self.columns)
-            tallies = {"exact_match": self._exact_match(model),
-                       "nll": (-sum(chosen for _, chosen, _ in scored), sum(len(pair.chosen) for pair, _, _ in scored))}
-        tallies |= preference("preference", scored, average=self.settings.loss != "dpo")
-        tallies |= preference("data", columns, average=True)        # so that runs with different losses compare
-        tallies["chosen_logps"] = (sum(chosen for _, chosen, _ in scored), len(scored))
-        return self.world.means(tallies)
+        """exact_match, nll, preference_..., data_... and chosen_logps, as far as the rows allow."""
+        with self.world.precision(), self.generating(model) as (full_model, decode_step):
+            scored = self._score(full_model, self.pairs)
+            columns = (scored if self.column_pairs is self.pairs
+                       else self._score(full_model, self.column_pairs))
+            sums = {"exact_match": self._exact_match(full_model, decode_step),
+                    "nll": (-sum(chosen for _, chosen, _ in scored),
+                            sum(len(pair.chosen) for pair, _, _ in scored))}
+        sums |= preference("preference", scored, average=self.settings.loss != "dpo")
+        # By means per token whatever the loss, so that runs with different losses compare.
+        sums |= preference("data", columns, average=True)
+        sums["chosen_logps"] = (sum(chosen for _, chosen, _ in scored), len(scored))
+        return self.world.means(sums)
 
-    def _exact_match(self, model) -> tuple[int, int]:
-        """Greedy answers that pass their check, and how many were asked for; a response that was cut can't be matched."""
-        right, asked = 0, [row for row in self.rows if row.check and row.chosen[-1] in self.ends]
+    def _exact_match(self, model, decode_step) -> tuple[int, int]:
+        """Greedy answers that pass their check, and how many were asked for.
+
+        A chosen response that was cut can't be matched: it is left out.
+        """
+        right = 0
+        asked = [e for e in self.examples if e.check and e.chosen[-1] in self.eos_ids]
         for batch in batches(asked, self.settings.generate_batch):
-            answers = generate_segments(model, [row.prompt for row in batch], new_tokens(self.settings, batch),
-                                        eos_token_id=self.ends, temperature=0)
-            texts = self.tokenizer.batch_decode([answer for answer, in answers], skip_special_tokens=True)
-            right += sum(matches_check(row.check, text, row.chosen_text) for row, text in zip(batch, texts))
+            answers = generate_segments(
+                model, [e.prompt for e in batch], new_tokens(self.settings, batch),
+                eos_token_id=self.eos_ids, temperature=0, decode_step=decode_step)
+            texts = self.tokenizer.batch_decode([answer for answer, in answers],
+                                                skip_special_tokens=True)
+            right += sum(matches_check(e.check, text, e.chosen_text)
+                         for e, text in zip(batch, texts, strict=True))
         return right, len(asked)
 
     def _score(self, model, pairs: list[Pair]) -> list[tuple[Pair, float, float]]:
         """Each pair with the log-probabilities of its two responses, summed over their tokens."""
-        return [scored for batch in batches(pairs, self.settings.micro_batch)
-                for scored in zip(batch, *(logps.tolist() for logps in pair_logps(model, batch)[:2]))]
+        scored = []
+        for batch in batches(pairs, self.settings.micro_batch):
+            logps = pair_logps(model, batch, shortcuts=self.shortcuts)
+            scored += zip(batch, logps.chosen_logps.tolist(), logps.rejected_logps.tolist(),
+                          strict=True)
+        return scored
 
 
-def preference(name: str, scored: list[tuple[Pair, float, float]], average: bool) -> dict[str, tuple[float, int]]:
-    """(sum, count) of how often and by how much chosen is above rejected, by sums or means a token (average). Identical
-    pairs say nothing about preference."""
-    gaps = [chosen / len(pair.chosen) - rejected / len(pair.rejected) if average else chosen - rejected
-            for pair, chosen, rejected in scored if pair.chosen != pair.rejected]
-    return {f"{name}_accuracy": (sum(gap > 0 for gap in gaps), len(gaps)), f"{name}_margin": (sum(gaps), len(gaps))}
+def preference(name: str, scored: list[tuple[Pair, float, float]],
+               average: bool) -> dict[str, tuple[float, int]]:
+    """(sum, count) of how often and by how much chosen is above rejected.
 
-
-def write_pairs(settings, model, rows: list[Row], ends: list[int], seeds: list[list[int]], generator, num_rejected: int) -> list[Pair]:
-    """make_pairs with a run's settings, a bounded number of responses at a time, alike lengths together.
-
-    seeds: one a row. Where a row's segment lies depends on its seed alone, not on what else is written with it, nor where.
+    average: by means per token instead of sums. Identical pairs say nothing about preference.
     """
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt) + len(rows[i].chosen))
-    pairs = {}
-    for batch in batches(order, max(1, settings.generate_batch // num_rejected)):
-        examples = [rows[i] for i in batch]
-        made = make_pairs(
-            model, [Example(row.prompt, row.chosen, row.number) for row in examples], settings.segment_len,
-            [np.random.default_rng(seeds[i]) for i in batch], eos_token_id=ends, num_rejected=num_rejected,
-            max_new_tokens=new_tokens(settings, examples), segment_eos=settings.segment_eos, temperature=settings.temperature,
-            top_k=settings.top_k, top_p=settings.top_p, generator=generator)
-        pairs |= dict(zip(batch, batches(made, num_rejected)))
-    return [pair for i in range(len(rows)) for pair in pairs[i]]
+    gaps = [chosen / len(pair.chosen) - rejected / len(pair.rejected) if average
+            else chosen - rejected
+            for pair, chosen, rejected in scored if pair.chosen != pair.rejected]
+    return {f"{name}_accuracy": (sum(gap > 0 for gap in gaps), len(gaps)),
+            f"{name}_margin": (sum(gaps), len(gaps))}
 
 
-def new_tokens(settings, rows: list[Row]) -> list[int]:
-    """How long each row's whole response may get."""
-    return [min(settings.max_new_tokens, settings.max_len - len(row.prompt)) for row in rows]
-
-
-def column_pair(row: Row) -> Pair:
-    """The pair a row brings itself: its rejected response, split where it leaves the chosen one (chosen, if none)."""
-    rejected = row.rejected or row.chosen
-    start = 0
-    while start < min(len(row.chosen), len(rejected)) and row.chosen[start] == rejected[start]:
-        start += 1
-    return Pair(row.prompt, row.chosen, rejected, start, row.number)
-
-
-def batches(things: list, size: int) -> list[list]:
-    return [things[i:i + size] for i in range(0, len(things), size)]
+def new_tokens(settings, examples: list[TokenizedExample]) -> list[int]:
+    """The longest whole response that may be written for each example, in tokens."""
+    return [min(settings.max_new_tokens, settings.max_len - len(e.prompt)) for e in examples]

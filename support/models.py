@@ -1,122 +1,225 @@
-"""Models and tokenizers in from a folder or the hub, out to an ordinary Hugging Face folder."""
+"""Models and tokenizers: loaded from a folder or the Hub, saved as a Hugging Face folder."""
 import contextlib
 import dataclasses
 import shutil
 from pathlib import Path
 
+import huggingface_hub.utils
 import torch
+from huggingface_hub import ModelCardData
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging
 
+from support.chat_templates import set_template
+from support.errors import RunFailed, UserError, error_text, printable
+from support.files import flush_folder, flush_tree
 from support.parallel import out_of_memory
-from support.tokenize_rows import CHATML, VICUNA
-from support.errors import RunFailed, UserError, error_text
-from support.settings import Settings, located, method
+from support.settings import Settings, fit_to_positions, located, run_label
 
 
 def load_model(settings: Settings, world):
-    """The policy and its tokenizer. Weights are fp32 whatever the folder holds: bf16 would round small steps away.
+    """The policy and its tokenizer.
 
-    With --shard the whole of it lies on rank 0's CPU and nothing but shapes on the others. Lowers the settings' max_len to
-    the positions the model has. Raises UserError where there is no model, or one this program can't train.
+    Weights are fp32 whatever the folder holds: bf16 would round small steps away. With --shard,
+    rank 0 has the whole model on its CPU and the other ranks have shapes only (meta device).
+    Settles the settings' max_len and max_prompt_len by the positions that the model has.
+    Raises UserError where there is no causal language model, where weights are missing or not
+    finite, and where prompt and response do not fit.
     """
     name = str(located(settings.model))
-    torch.manual_seed(settings.seed)        # of fresh weights: --random_init, and the rows of tokens that are added
+    shapes_only = world.sharded and not world.is_main
+    torch.manual_seed(settings.seed)    # for new weights: --random_init, embeddings of added tokens
+    missing = []
     try:
-        trust = {"trust_remote_code": settings.trust_remote_code}
-        tokenizer = AutoTokenizer.from_pretrained(name, **trust)
-        if settings.random_init or world.sharded and not world.is_main:
-            with torch.device("meta") if world.sharded and not world.is_main else contextlib.nullcontext():
-                model = fresh_model(AutoConfig.from_pretrained(name, **trust), torch.float32, settings)
+        tokenizer = AutoTokenizer.from_pretrained(name, **hub_options(settings))
+        config = read_config(settings)
+        if settings.random_init or shapes_only:
+            with torch.device("meta") if shapes_only else contextlib.nullcontext():
+                model = fresh_model(config, torch.float32, settings)
         else:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **trust)
-    except Exception as error:          # each way in which a folder can be damaged or incomplete has its own
+            with no_progress_bars():
+                model, loading = AutoModelForCausalLM.from_pretrained(
+                    name, config=config, dtype=torch.float32, output_loading_info=True,
+                    **hub_options(settings))
+            missing = sorted(loading["missing_keys"])       # without tied weights
+    except Exception as error:          # every kind of damage to a folder has an error of its own
         if out_of_memory(error):
             raise
-        raise UserError(f"--model {settings.model}: not a causal language model with its tokenizer ({error_text(error)})") from None
+        raise UserError(f"--model {settings.model}: not a causal language model with its tokenizer "
+                        f"({error_text(error)})") from None
+    if missing:
+        names = ", ".join(missing[:3]) + ", ..." * (len(missing) > 3)
+        raise UserError(f"--model {settings.model}: {len(missing)} of its weights are missing: "
+                        f"{names}; save the model again with all of them, or start from random "
+                        "weights with --random_init")
+    if not shapes_only:
+        refuse_weights_not_finite(settings, model)
+    fit_to_positions(settings, positions_of(config))
     added = set_template(tokenizer, settings.chat_template)
-    if added and len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=not model.get_input_embeddings().weight.is_meta)
-    try:                                            # saving refuses what loading let pass: find out now
+    embeddings = model.get_input_embeddings()
+    if added and len(tokenizer) > embeddings.num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=not embeddings.weight.is_meta)
+    try:                                # saving refuses what loading accepts: find out now
         model.generation_config.validate(strict=True)
     except ValueError:
-        model.generation_config.do_sample = True    # sampling values beside do_sample=False are the usual reason
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or settings.max_len
-    settings.max_len = min(settings.max_len, positions)
-    settings.max_prompt_len = min(settings.max_prompt_len, settings.max_len - 1)
+        model.generation_config.do_sample = True    # the usual reason: sampling values without it
     # eval: no dropout, in training either, as in the EMA model and the reference
     return (model if world.sharded else model.to(world.device)).eval(), tokenizer
 
 
+def read_config(settings: Settings):
+    """The configuration in --plan_config or --model. Raises the errors of transformers.
+
+    A window that `use_sliding_window: false` turns off is removed: some models ignore both values,
+    others would use the window all the same.
+    """
+    name = str(located(settings.plan_config or settings.model))
+    options = hub_options(settings)
+    if settings.plan_config:
+        options["revision"] = "main"    # --model_revision is of the model
+    config = AutoConfig.from_pretrained(name, **options)
+    text = config.get_text_config()
+    sliding_layers = "sliding_attention" in (getattr(text, "layer_types", None) or [])
+    if getattr(text, "use_sliding_window", None) is False and not sliding_layers:
+        text.sliding_window = None
+    return config
+
+
+def hub_options(settings: Settings) -> dict:
+    """What every from_pretrained is given: the revision, and whether to run a model's code."""
+    return {"revision": settings.model_revision or "main",
+            "trust_remote_code": settings.trust_remote_code}
+
+
+def positions_of(config) -> int | None:
+    """Most tokens that a model of this configuration reads, None where nothing limits them."""
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        if getattr(text, name, None):
+            return getattr(text, name)
+    return None
+
+
 def fresh_model(config, dtype, settings: Settings):
-    """A model of that shape with random weights; on the meta device with none."""
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=settings.trust_remote_code)
+    """A model of that shape with random weights; on the meta device, with shapes only."""
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=dtype, trust_remote_code=settings.trust_remote_code)
     model.tie_weights()         # transformers 5.0 leaves that out on the meta device
     return model
 
 
+def refuse_weights_not_finite(settings: Settings, model) -> None:
+    """Raise UserError, with the weight's name, where a weight is NaN or infinite."""
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise UserError(f"--model {settings.model}: the weight {name} has NaN or infinite "
+                            "values; take a model whose weights are all finite")
+
+
+@contextlib.contextmanager
+def no_progress_bars():
+    """No bars of loading and saving inside. Bars of downloads stay: downloads take minutes."""
+    shown = logging.is_progress_bar_enabled()
+    downloads_shown = not huggingface_hub.utils.are_progress_bars_disabled()
+    logging.disable_progress_bar()      # of downloads too
+    if downloads_shown:
+        huggingface_hub.utils.enable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+            if not downloads_shown:
+                huggingface_hub.utils.disable_progress_bars()
+
+
 def checkpoint_layers(model) -> None:
-    """Gradient checkpointing: each decoder layer keeps its input only. The model stays in eval mode, without dropout."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable     # the older name
+    """Gradient checkpointing: each decoder layer keeps its input only. Dropout stays off."""
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    enable = enable or model.gradient_checkpointing_enable      # the older name
     enable({"use_reentrant": False})
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
-            layer.training = True           # transformers checkpoints in training mode only; the layer's parts stay as they are
+            # transformers checkpoints in training mode only; the layer's parts stay in eval mode
+            layer.training = True
             for name, value in vars(layer).items():
-                if name.endswith("dropout") and isinstance(value, float):       # some layers (OPT's) apply their own
+                if name.endswith("dropout") and isinstance(value, float):   # the layer's own (OPT)
                     setattr(layer, name, 0.0)
 
 
-def set_template(tokenizer, name: str | None) -> int:
-    """Give the tokenizer a chat template by name; returns how many tokens had to be added for it."""
-    if name is None:
-        return 0
-    adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    tokenizer.chat_template = "{{ bos_token }}" * adds_bos + {"chatml": CHATML, "vicuna": VICUNA}[name]
-    if name == "vicuna":                            # ends turns with the EOS, so it needs no token of its own
-        return 0
-    return tokenizer.add_tokens([t for t in ("<|im_start|>", "<|im_end|>") if t not in tokenizer.get_vocab()], special_tokens=True)
-
-
 def end_token_ids(model, tokenizer, turn_end: int) -> list[int]:
-    """Every token that ends a response: the template's own, the tokenizer's EOS, what the model's generation knows."""
+    """Ids of all tokens that end a response, sorted.
+
+    They are the template's own, the tokenizer's EOS and those in the model's generation config.
+    """
     known = model.generation_config.eos_token_id
-    ids = {turn_end, tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])} - {None}
+    known = known if isinstance(known, list) else [known]
+    ids = {turn_end, tokenizer.eos_token_id, *known} - {None}
     return sorted(i for i in ids if i < model.get_input_embeddings().num_embeddings)
 
 
 def model_card(settings: Settings, steps: int) -> str:
-    """README.md of the saved folder: where the model comes from, what was done to it, with which settings."""
-    def public(name):       # a hub name; of a path, which says nothing elsewhere and may say too much, the last part
-        return Path(name).name if located(name).exists() else name
+    """README.md of the saved folder: where the model comes from, what was done to it, and how.
 
-    shown = {name: public(value) if name in ("model", "data", "eval_data") else value for name, value in dataclasses.asdict(settings).items()
-             if value is not None and name not in ("out", "resume", "overwrite") and not name.startswith("plan_")}
-    written = {"ema": "an exponential moving average of the model itself rewrote a segment of each chosen response",
-               "policy": "the model itself rewrote a segment of each chosen response",
-               "iteration": "the model as it was at the start of each iteration wrote them", "data": "those of the data"}[settings.rejected]
-    front = [f"{key}: {name}" for key, name in (("base_model", settings.model), ("datasets", settings.data.partition(":")[0]))
-             if not located(name).exists()]
-    return "\n".join([
-        "---", *front, "library_name: transformers", "pipeline_tag: text-generation", "---", f"# {method(settings)} of {shown['model']}", "",
-        f"`{shown['model']}` trained on `{shown['data']}` with {method(settings)}, {steps} optimizer steps of {settings.batch_size} prompts.",
-        *([f"Rejected responses: {written}."] if settings.loss != "sft" else []), "",
-        "From the reference code for Self-Augmented Preference Optimization, https://arxiv.org/abs/2405.20830.", "",
-        "| setting | value |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in shown.items()), ""])
+    Hub names are given in full. Of a path, only the last part is: the rest says nothing elsewhere
+    and may say too much.
+    """
+    def public(value):
+        value = Path(value).name if located(value).exists() else value
+        return printable(value).replace("`", "'")
+
+    data_name = settings.data.partition(":")[0]
+    from_hub = not located(settings.model).exists() and not settings.random_init
+    front = ModelCardData(
+        base_model=settings.model if from_hub else None,
+        datasets=None if located(data_name).exists() else [data_name],
+        library_name="transformers", pipeline_tag="text-generation")
+    label, data = run_label(settings), public(settings.data)
+    if settings.random_init:
+        title, origin = f"{label} from random weights", "A model with random weights"
+    else:
+        title, origin = f"{label} of {public(settings.model)}", f"`{public(settings.model)}`"
+    lines = ["---", front.to_yaml(), "---", f"# {title}", "",
+             f"{origin}, trained on `{data}` with {label}: {steps} optimizer steps of "
+             f"{settings.batch_size} prompts."]
+    if settings.loss != "sft":
+        written = {
+            "ema": "an exponential moving average of the model rewrote a segment of each chosen "
+                   "response",
+            "policy": "the model itself rewrote a segment of each chosen response",
+            "spin": "the model as it was at the start of each round wrote them",
+            "data": "those of the data"}
+        lines.append(f"Rejected responses: {written[settings.rejected]}.")
+    lines += ["", "From the reference code for Self-Augmented Preference Optimization, "
+              "https://arxiv.org/abs/2405.20830.", "", "| setting | value |", "| --- | --- |"]
+    for name, value in dataclasses.asdict(settings).items():
+        if value is None or name in ("out", "resume", "overwrite") or name.startswith("plan_"):
+            continue
+        if name in ("model", "data", "eval_data"):
+            value = public(value)
+        lines.append(f"| {name} | {str(value).replace('|', chr(92) + '|')} |")
+    return "\n".join([*lines, ""])
 
 
-def save_model(model, tokenizer, ends: list[int], folder: Path, card: str) -> None:
-    """Write an ordinary Hugging Face folder: weights, tokenizer, chat template, every end token for generation, model card.
-    It gets its name when it is whole. Raises RunFailed where it can't be written."""
+def save_model(model, tokenizer, eos_ids: list[int], folder: Path, card: str) -> None:
+    """Write an ordinary Hugging Face folder.
+
+    It holds weights, tokenizer, chat template, all end tokens for generation and the model card.
+    The folder gets its name when it is complete. Raises RunFailed where it can't be written.
+    """
     partial = folder.with_suffix(".partial")
-    model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
+    model.generation_config.eos_token_id = eos_ids if len(eos_ids) > 1 else eos_ids[0]
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial)
+        with no_progress_bars():
+            model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
+        flush_tree(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-    except Exception as error:          # each format has its own way of saying that the disk is full
+        flush_folder(folder.parent)
+    except Exception as error:          # each format says in its own way that the disk is full
         shutil.rmtree(partial, ignore_errors=True)
         raise RunFailed(f"{folder}: could not save the model ({error_text(error)})") from None
