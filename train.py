@@ -72,8 +72,8 @@ def rewrite(s: Settings, generating: GeneratingModels, eos_ids: list[int], model
                 s.segment_len, [rngs[i] for i in batch], eos_token_id=eos_ids,
                 num_rejected=num_rejected,
                 max_new_tokens=new_tokens(s, [examples[i] for i in batch]),
-                segment_eos=s.segment_eos, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p,
-                generator=generator, decode_step=decode_step)
+                segment_eos=s.segment_eos, tail=s.tail, temperature=s.temperature, top_k=s.top_k,
+                top_p=s.top_p, generator=generator, decode_step=decode_step)
             pairs |= zip(batch, batches(new_pairs, num_rejected), strict=True)
     return [pairs[i] for i in range(len(examples))]
 

@@ -90,7 +90,9 @@ def counts(s: Settings, rows: int) -> tuple[int, int, int, int]:
     if s.rejected == "spin":                # once per round
         answered = s.iterations * min(rows - held,
                                       math.ceil(steps / s.iterations) * s.batch_size)
-    new_tokens = min(s.segment_len or s.max_new_tokens, s.max_len) * s.num_rejected
+    longest = max(s.segment_len, s.max_new_tokens) if s.tail == "rewrite" else (
+        s.segment_len or s.max_new_tokens)
+    new_tokens = min(longest, s.max_len) * s.num_rejected
     return steps, held, scored, answered * new_tokens if s.generates else 0
 
 

@@ -84,7 +84,7 @@ class Settings:
     buffer_size: int = setting(
         None, "pairs in the replay buffer, over all processes; 0: train on the newest pairs only "
         "(none: 2000 with --rejected ema or policy, otherwise 0)", low=0)
-    skip_identical: bool = setting(False, "leave out pairs in which B' equals B")
+    skip_identical: bool = setting(False, "leave out pairs whose two responses are equal")
     beta: float = setting(
         None, "DPO: strength of the pull towards the reference (none: 0.1)", several=True)
     label_smoothing: float = setting(
@@ -109,10 +109,15 @@ class Settings:
         0.95, "sample among the most likely tokens that together have this probability", low=0,
         high=1)
     max_new_tokens: int = setting(
-        256, "most tokens of a response that is written whole, in training and evaluation", low=1)
+        256, "most tokens of a response that is written whole, in training and evaluation; with "
+        "--tail rewrite, of a rejected response", low=1)
     segment_eos: str = setting(
-        "stop", "an end token in B' ends the response (stop), or is never produced there (forbid)",
-        ["stop", "forbid"])
+        "stop", "an end token in B' ends the response (stop), or is never produced there unless B "
+        "ends the response (forbid)", ["stop", "forbid"])
+    tail: str = setting(
+        "keep", "the rejected response is A B' C (keep: Eq. 5), A B' (drop), or A and then "
+        "everything after it written anew, until an end token or --max_new_tokens (rewrite)",
+        ["keep", "drop", "rewrite"])
     # optimization
     epochs: float = setting(4.0, "passes over the data (SPIN: per round)")
     steps: int = setting(None, "optimizer steps in total; overrides --epochs", low=1)
@@ -371,12 +376,18 @@ def resolve(s: Settings, explicit: set[str]) -> Settings:
            "--rejected spin, which writes all responses at the start of a round")
     refuse("num_rejected", not s.generates and s.num_rejected > 1,
            "--loss sft or --rejected data, which generate nothing")
+    refuse("tail", not s.generates and s.tail != "keep",
+           "--loss sft or --rejected data, which generate nothing")
+    refuse("segment_eos", s.tail == "rewrite" and s.segment_eos == "forbid",
+           "--tail rewrite: B' reaches to the end of the response")
     refuse("iterations", not spin and s.iterations != 1, "anything but --rejected spin")
     refuse("ref", s.loss != "dpo", f"--loss {s.loss}, which needs no reference model")
     refuse("ref", spin, "--rejected spin: the reference is the policy at the start of the round")
 
     if spin and "segment_len" not in explicit:
         s.segment_len = 0           # SPIN writes whole responses
+    refuse("tail", not s.segment_len and s.tail != "keep",
+           "--segment_len 0: a response that is written whole has no part after the segment")
     s.iterations = (s.iterations or 4) if spin else 1
     if not s.generates or spin:
         s.buffer_size = 0
