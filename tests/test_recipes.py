@@ -75,6 +75,7 @@ WHERE_USED = {
     "beta": lambda s: s.loss == "dpo",
     "label_smoothing": lambda s: s.loss == "dpo",
     "ref": lambda s: s.loss == "dpo" and s.rejected != "spin",
+    "ref_model": lambda s: s.ref_model is not None,
     "ref_every": lambda s: s.ref in ("policy", "ema")}
 
 
