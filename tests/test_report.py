@@ -26,6 +26,7 @@ import train
 from buffer import ReplayBuffer
 from sapo import Pair, PairScorer
 from support.errors import UserError
+from support.metrics import LossMetrics
 from support.parallel import World
 from support.report import Report, append_whole, buffer_statistics, pair_statistics
 from support.settings import parse
@@ -96,9 +97,12 @@ def test_dpo_leaves_pairs_without_a_scored_token_out_of_nll():
     empty, other = Pair([5], [6, 7], [6, 7, 8], 2), Pair([5], [6, 7, 9], [6, 8, 9], 1)
     s = parsed("--model m --data d --rejected data --loss dpo")
     with torch.no_grad():
-        losses, metrics = train.compute_loss(s, scorer, scorer, [empty, other], 0.1)
+        metrics = LossMetrics(s)
+        metrics.add([empty, other], *train.compute_loss(s, scorer, scorer, [empty, other], 0.1))
         expected = scorer([other], skip_shared=True).chosen_nll
-    assert len(losses) == 2 and torch.allclose(metrics["nll"], expected) and expected > 0
+    total, count = metrics.sums["nll"]
+    assert count == 1 and total == pytest.approx(float(expected)) and expected > 0
+    assert metrics.sums["loss"][1] == 2
 
 
 # ---------------------------------------------------------------------------------- printed pairs
