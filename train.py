@@ -75,6 +75,7 @@ def rewrite(s: Settings, generating: GeneratingModels, eos_ids: list[int], model
                 segment_eos=s.segment_eos, tail=s.tail, temperature=s.temperature, top_k=s.top_k,
                 top_p=s.top_p, generator=generator, decode_step=decode_step)
             pairs |= zip(batch, batches(new_pairs, num_rejected), strict=True)
+            generating.tokens_written += sum(p.rejected_stop - p.start for p in new_pairs)
     return [pairs[i] for i in range(len(examples))]
 
 
@@ -177,9 +178,8 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
     policy = world.prepare(model)       # the model itself, or a sharded copy         line 1
     buffer = (ReplayBuffer(s.buffer_size // world.size, seed=[DRAW, s.seed, world.rank])
               if s.buffer_size else None)                                           # line 2
-    needs_ema = (s.generates and s.rejected == "ema") or s.ref == "ema"
     ema = (EMA(policy, s.ema_decay, s.ema_every, copy=world.frozen_copy(model))
-           if needs_ema else None)                                                  # line 3
+           if s.needs_ema else None)                                                # line 3
     spin = s.generates and s.rejected == "spin"
     # DPO's reference: fixed, or refreshed from the policy or the EMA model (--ref). In SPIN it is
     # the policy at the start of the round, which also writes the rejected responses.
