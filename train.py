@@ -83,6 +83,7 @@ def rewrite(s: Settings, generating: GeneratingModels, eos_ids: list[int], model
                 num_rejected=num_rejected, max_new_tokens=new_tokens(s, few),
                 segment_eos=s.segment_eos, tail=s.tail, temperature=s.temperature, top_k=s.top_k,
                 top_p=s.top_p, generator=generator, decode_step=decode_step)
+            generating.tokens_written += sum(pair.rejected_stop - pair.start for pair in pairs)
             return batches(pairs, num_rejected)
         lengths = [len(e.prompt) + len(e.chosen) for e in examples]
         return in_batches_by_length(lengths, s.generate_batch // num_rejected, rewrite_batch)
@@ -162,9 +163,8 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
     policy = world.prepare(model)       # the model itself, or a sharded copy         line 1
     buffer = (ReplayBuffer(s.buffer_size // world.size, seed=[DRAW, s.seed, world.rank])
               if s.buffer_size else None)                                           # line 2
-    needs_ema = (s.generates and s.rejected == "ema") or s.ref == "ema"
     ema = (EMA(policy, s.ema_decay, s.ema_every, copy=world.frozen_copy(model))
-           if needs_ema else None)                                                  # line 3
+           if s.needs_ema else None)                                                # line 3
     optimizer = make_optimizer(s, policy)
 
     # What scores pairs. DPO's reference is fixed, or a copy of the policy or of the EMA model that

@@ -119,6 +119,11 @@ def untimed(out: Path) -> list[dict]:
              if "seconds" not in name and "memory" not in name} for record in read_records(out)]
 
 
+def results(summary: dict) -> dict:
+    """The part of a summary that two equal runs have in common: all but the seconds."""
+    return {name: value for name, value in summary.items() if name != "seconds"}
+
+
 def weights(out: Path) -> dict[str, torch.Tensor]:
     """The weights that a run saved."""
     return AutoModelForCausalLM.from_pretrained(out / "final").state_dict()
@@ -234,6 +239,9 @@ def check_same_run(one: Path, other: Path, processes: int = 1) -> None:
     for name in ["shared.pt", *(f"rank{rank}.pt" for rank in range(processes))]:
         a, b = (torch.load(out / "checkpoints" / last / name, weights_only=True)
                 for out in (one, other))
+        for state in (a, b):
+            if name == "shared.pt":
+                state["progress"]["totals"].pop("seconds")
         assert same_state(a, b), name
 
 

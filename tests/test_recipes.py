@@ -53,8 +53,8 @@ EXPECTED |= {f"table5-segment-{n}": SAPO_ORPO | {"segment_len": n} for n in (64,
 NEED_NOT_BE_NAMED = {
     "model_revision", "data_revision", "rows", "eval_data", "skip_bad_rows", "out", "overwrite",
     "trust_remote_code", "random_init", "special_tokens_in_prompts", "steps", "compile",
-    "eval_every", "print_every", "tensorboard", "keep", "resume", "max_bad_steps", "threads",
-    "dry_run", "template_date"}
+    "eval_every", "print_every", "tensorboard", "save_pairs", "save_ema", "save_every_epoch",
+    "keep", "resume", "max_bad_steps", "threads", "dry_run", "template_date"}
 ALWAYS = {
     "model", "data", "chat_template", "max_len", "max_prompt_len", "drop_long_prompts", "loss",
     "epochs", "batch_size", "micro_batch", "lr", "optimizer", "schedule", "warmup", "weight_decay",
