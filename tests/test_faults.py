@@ -256,16 +256,16 @@ def nan_at(monkeypatch, *steps: int, in_gradient: bool = False) -> None:
     calls, compute_loss = [], train.compute_loss
 
     def spoiled(*arguments):
-        losses, metrics = compute_loss(*arguments)
+        losses, *others = compute_loss(*arguments)
         calls.append(None)
         if (len(calls) + 1) // 2 not in steps or len(calls) % 2 == 0:
-            return losses, metrics
+            return losses, *others
         spoil = torch.zeros_like(losses)
         spoil[0] = torch.nan
         if in_gradient:
             losses.register_hook(lambda gradient: gradient + spoil)
-            return losses, metrics
-        return losses + spoil, metrics | {"loss": losses + spoil}
+            return losses, *others
+        return losses + spoil, *others
 
     monkeypatch.setattr(train, "compute_loss", spoiled)
 
