@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import support.parallel
 import train
 from support import cli
+from support.checkpoint import all_checkpoints
 from support.errors import UserError
 from support.settings import Settings, parse
 from test_sapo import tiny
@@ -127,6 +128,11 @@ def results(summary: dict) -> dict:
 def weights(out: Path) -> dict[str, torch.Tensor]:
     """The weights that a run saved."""
     return AutoModelForCausalLM.from_pretrained(out / "final").state_dict()
+
+
+def checkpoint_names(out: Path) -> list[str]:
+    """The complete checkpoints of a run, oldest first."""
+    return [folder.name for folder in all_checkpoints(out)]
 
 
 def flag_value(flags: list[str], name: str) -> str:

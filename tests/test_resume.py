@@ -13,6 +13,7 @@ from conftest import (
     DATA,
     StopAfter,
     check_same_run,
+    checkpoint_names,
     flag_value,
     forked,
     own_buffer,
@@ -31,7 +32,6 @@ from transformers import AutoTokenizer
 
 import support.report
 import train
-from support.checkpoint import all_checkpoints
 from support.errors import Stopped, UserError
 from support.run_folder import lock_run, new_run_folder
 from support.settings import parse
@@ -50,11 +50,6 @@ def stopped_run(flags: list[str], out: Path, step: int) -> None:
 def resume(out: Path, *more: str) -> None:
     """Go on with a run."""
     train.train(parse(["--resume", str(out), *more]))
-
-
-def checkpoint_names(out: Path) -> list[str]:
-    """The complete checkpoints of a run, oldest first."""
-    return [folder.name for folder in all_checkpoints(out)]
 
 
 # ------------------------------------------------------------------------------------------- exact
