@@ -23,7 +23,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -66,8 +66,8 @@ def bins(steps: int) -> list[range]:
 def rates(records: list[dict], margins: dict[int, tuple[float, int]]) -> list[dict]:
     """Over the run: of the new pairs, the share identical, and of the others the share worse.
 
-    records: those of metrics.jsonl. margins: for each step, of the pairs made for it, the sum of
-    the start model's margins and how many pairs differ (study/start_margins.py); may be empty.
+    records: those of metrics.jsonl. margins: what start_margins gives; empty where no pairs were
+    saved.
     Returns one dictionary per bin: "step", its last step, and what is known of it.
     """
     rows = []
@@ -88,6 +88,28 @@ def rates(records: list[dict], margins: dict[int, tuple[float, int]]) -> list[di
             row |= {"start_margin": margin / pairs, "start_pairs": pairs}
         rows.append(row)
     return rows
+
+
+def start_margins(pairs: Iterable[dict]) -> dict[int, tuple[float, int]]:
+    """For each step, of the pairs made for it that differ: the sum of their margins under the model
+    that training started from, log p(y+) - log p(y-) in nats, and how many they are.
+
+    pairs: the lines of pairs.jsonl (--save_pairs).
+    """
+    sums = {}
+    for pair in pairs:
+        if not pair["identical"]:
+            margin, count = sums.get(pair["step"], (0.0, 0))
+            margin += pair["chosen_logps_at_start"] - pair["rejected_logps_at_start"]
+            sums[pair["step"]] = (margin, count + 1)
+    return sums
+
+
+def read_lines(path: Path) -> Iterator[dict]:
+    """The records of a .jsonl file; none where there is no file."""
+    if path.exists():
+        with open(path, encoding="utf-8") as file:
+            yield from map(json.loads, file)
 
 
 def evaluations(records: list[dict]) -> list[dict]:
@@ -115,12 +137,8 @@ def result_line(run: Run, tables: list[str], folder: Path, commit: str, wall_sec
                 cpu_seconds: float) -> dict:
     """What results.jsonl says of a finished run, from the files in its folder."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    with open(folder / "metrics.jsonl", encoding="utf-8") as file:
-        records = [json.loads(line) for line in file]
-    margins = {}
-    if (folder / "start-margins.json").exists():
-        found = json.loads((folder / "start-margins.json").read_text(encoding="utf-8"))
-        margins = {int(step): tuple(values) for step, values in found.items()}
+    records = list(read_lines(folder / "metrics.jsonl"))
+    margins = start_margins(read_lines(folder / "pairs.jsonl"))
     return rounded({
         "id": run.id, "name": run.name, "tables": tables, "testbed": run.testbed,
         "method": run.method, "flags": dict(run.flags), "seed": run.seed, "watch": dict(run.watch),
@@ -176,31 +194,25 @@ def start_digest(testbed: str) -> str:
 # ----------------------------------------------------------------------------------- many processes
 
 class Job:
-    """A run at work: one process after the other. folder, log: of the run, under runs/study."""
+    """A run at work, in a process of its own. folder, log: of the run, under runs/study."""
 
     def __init__(self, run: Run, tables: list[str], folder: Path):
         self.run, self.tables = run, tables
         self.folder, self.log = folder / run.id, folder / f"{run.id}.log"
         self.commit, self.process = code_commit(), None
-        train = [str(REPOSITORY / "train.py"), *run.words, "--threads", "1", "--print_every", "0",
-                 "--out", str(self.folder)]
-        self.commands = [train]
-        if dict(run.watch).get("save_pairs"):
-            self.commands.append([str(REPOSITORY / "study" / "start_margins.py"),
-                                  str(self.folder)])
-        self.seconds: list[tuple[float, float]] = []      # wall and CPU seconds of each process
         remove_tree(self.folder)
         self.log.write_bytes(b"")
 
     def start(self, inherited: int) -> None:
-        """Start the next process. inherited: a file descriptor that the process keeps open."""
+        """Start the process. inherited: a file descriptor that the process keeps open."""
+        command = [sys.executable, str(REPOSITORY / "train.py"), *self.run.words, "--threads", "1",
+                   "--print_every", "0", "--out", str(self.folder)]
         with open(self.log, "ab") as log:
             self.began = time.monotonic()
             # A session of its own: Ctrl-C reaches this program alone, which then ends the runs.
             self.process = subprocess.Popen(
-                [sys.executable, *self.commands[len(self.seconds)]], cwd=REPOSITORY, stdout=log,
-                stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
-                pass_fds=[inherited],
+                command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL, start_new_session=True, pass_fds=[inherited],
                 env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
 
     def ended(self) -> bool:
@@ -209,7 +221,8 @@ class Job:
         if not pid:
             return False
         self.process.returncode = os.waitstatus_to_exitcode(status)
-        self.seconds.append((time.monotonic() - self.began, usage.ru_utime + usage.ru_stime))
+        self.wall_seconds = time.monotonic() - self.began
+        self.cpu_seconds = usage.ru_utime + usage.ru_stime
         return True
 
     def kill(self) -> None:
@@ -304,9 +317,6 @@ class Study:
             while not (ended := [job for job in self.at_work if job.ended()]):
                 time.sleep(0.05)
             for job in ended:
-                if job.process.returncode == 0 and len(job.seconds) < len(job.commands):
-                    job.start(lock)
-                    continue
                 self.at_work.remove(job)
                 if job.process.returncode:
                     self.take_failure(job)
@@ -315,8 +325,8 @@ class Study:
 
     def take_result(self, job: Job) -> None:
         """Add the line of a finished run, and remove its folder."""
-        wall_seconds, cpu_seconds = job.seconds[0]
-        line = result_line(job.run, job.tables, job.folder, job.commit, wall_seconds, cpu_seconds)
+        line = result_line(job.run, job.tables, job.folder, job.commit, job.wall_seconds,
+                           job.cpu_seconds)
         lines = [*read_results(self.file), line]
         write_whole(self.file, "".join(json.dumps(each) + "\n" for each in lines).encode())
         self.results = self.read()
@@ -324,7 +334,7 @@ class Study:
             remove_tree(job.folder)
             job.log.unlink()
         match = line["after"].get("exact_match")
-        self.say(f"{job.run.name}: exact match {match:.4f}, {wall_seconds:.0f} s; "
+        self.say(f"{job.run.name}: exact match {match:.4f}, {job.wall_seconds:.0f} s; "
                  f"{self.summary_of_left()}")
 
     def take_failure(self, job: Job) -> None:
