@@ -23,7 +23,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -48,6 +48,7 @@ RESULTS = REPOSITORY / "study" / "results.jsonl"
 FOLDER = REPOSITORY / "runs" / "study"
 BINS = 12               # parts of a run over which rates are averaged
 DIGITS = 6              # significant ones, of every number in results.jsonl
+TRAIN = (sys.executable, str(REPOSITORY / "train.py"))
 
 
 # --------------------------------------------------------------------------------- one run's record
@@ -196,8 +197,8 @@ def start_digest(testbed: str) -> str:
 class Job:
     """A run at work, in a process of its own. folder, log: of the run, under runs/study."""
 
-    def __init__(self, run: Run, tables: list[str], folder: Path):
-        self.run, self.tables = run, tables
+    def __init__(self, run: Run, tables: list[str], folder: Path, train: Sequence[str]):
+        self.run, self.tables, self.train = run, tables, train
         self.folder, self.log = folder / run.id, folder / f"{run.id}.log"
         self.commit, self.process = code_commit(), None
         remove_tree(self.folder)
@@ -205,8 +206,8 @@ class Job:
 
     def start(self, inherited: int) -> None:
         """Start the process. inherited: a file descriptor that the process keeps open."""
-        command = [sys.executable, str(REPOSITORY / "train.py"), *self.run.words, "--threads", "1",
-                   "--print_every", "0", "--out", str(self.folder)]
+        command = [*self.train, *self.run.words, "--threads", "1", "--print_every", "0",
+                   "--out", str(self.folder)]
         with open(self.log, "ab") as log:
             self.began = time.monotonic()
             # A session of its own: Ctrl-C reaches this program alone, which then ends the runs.
@@ -244,12 +245,15 @@ class Study:
     """Runs what is left of the tables, `jobs` runs at a time.
 
     results: the file that lines are added to. folder: for the run folders and their output.
+    keep: keep the folders of finished runs. say: prints a line. train: the command that a run's
+    flags are added to.
     """
 
     def __init__(self, tables: dict[str, Table], results: Path = RESULTS, folder: Path = FOLDER,
-                 jobs: int = 1, keep: bool = False, say: Callable[[str], None] = print):
+                 jobs: int = 1, keep: bool = False, say: Callable[[str], None] = print,
+                 train: Sequence[str] = TRAIN):
         self.tables, self.file, self.folder = tables, results, folder
-        self.jobs, self.keep, self.say = jobs, keep, say
+        self.jobs, self.keep, self.say, self.train = jobs, keep, say, train
         self.at_work: list[Job] = []
         self.failed: set[str] = set()
         self.results = self.read()
@@ -282,7 +286,7 @@ class Study:
         busy = {job.run.id for job in self.at_work} | self.failed
         for run, tables in self.left():
             if isinstance(run, Run) and run.id not in busy:
-                return Job(run, tables, self.folder)
+                return Job(run, tables, self.folder, self.train)
         return None
 
     def go(self) -> int:
@@ -364,7 +368,7 @@ class Study:
             return f"{len(left)} runs left"
         return f"{len(left)} runs left, about {duration(sum(seconds) / self.jobs)}"
 
-    def list(self) -> None:
+    def show(self) -> None:
         """What is done and what is left of each table, and the time for what is left."""
         self.say(f"{'table':<18}{'done':>6}{'left':>6}   time on {self.jobs} cores")
         for name, table in self.tables.items():
@@ -420,7 +424,7 @@ def main(argv: list[str]) -> int:
         study = Study(tables, jobs=jobs, keep=given.keep,
                       say=functools.partial(print, flush=True))
         if given.list:
-            study.list()
+            study.show()
             return 0
         for name in ("SIGTERM", "SIGHUP"):
             signal.signal(getattr(signal, name), signal.default_int_handler)

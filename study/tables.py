@@ -2,10 +2,10 @@
 
     python study/tables.py                  every table
     python study/tables.py tail parts       these
-    python study/tables.py --write          put them into docs/results.md
+    python study/tables.py --write          put them into docs/results.md and study/README.md
 
-On the page, a table stands between the lines <!-- table: NAME --> and <!-- end -->; --write
-replaces what is between them. What was not run yet is printed as "not run".
+On a page, a table stands between the lines <!-- table: NAME --> and <!-- end -->; --write replaces
+what is between them. What was not run yet is printed as "not run".
 
 Numbers: mean +- standard deviation over seeds, and for differences to a control the mean over seeds
 of the difference at the same seed +- its standard error.
@@ -29,6 +29,7 @@ from study.plan import (  # noqa: E402
     at_edge,
     best,
     plan_row,
+    planned,
     read_results,
     steps_of,
     training_cpu_seconds,
@@ -37,7 +38,7 @@ from study.plan import (  # noqa: E402
 from study.run import RESULTS  # noqa: E402
 from support.errors import UserError, printable  # noqa: E402
 
-PAGE = REPOSITORY / "docs" / "results.md"
+PAGES = (REPOSITORY / "docs" / "results.md", REPOSITORY / "study" / "README.md")
 NOT_RUN = "not run"
 MATCHES = (0.5, 0.6, 0.7, 0.8, 0.85)        # exact match whose cost is asked for
 
@@ -314,11 +315,30 @@ def cost(results: Results) -> str:
                  *(f"to {match:g}" for match in MATCHES)], lines))
 
 
+def times(results: Results) -> str:
+    """How long the runs of each table took, each run counted at the first table that needs it."""
+    lines, counted, total = [], set(), 0.0
+    for name, table in TABLES.items():
+        runs = {run for _, run in planned({name: table}, results)}
+        done = {line["id"]: line for run in runs
+                if isinstance(run, Run) and (line := results.line_of(run))}
+        new = [line for at, line in done.items() if at not in counted]
+        counted |= set(done)
+        seconds = sum(line["wall_seconds"] for line in new)
+        total += seconds
+        missing = len(runs) - len({run for run in runs if isinstance(run, Run)
+                                   and results.line_of(run)})
+        lines.append([name, str(len(new)), f"{seconds / 120:.0f} min" if new else NOT_RUN,
+                      "not all of it was run" if missing and new else ""])
+    lines.append(["in all", str(len(counted)), f"{total / 7200:.1f} h", ""])
+    return markdown(["table", "runs that no table above has", "on 2 cores", ""], lines)
+
+
 # name on the page -> what prints it
 PRINTED: dict[str, Callable[[Results], str]] = {
     **{name: (lambda results, name=name: compared(name, results)) for name in TABLES
        if not name.startswith("worse-") and name not in ("epochs", "cost")},
-    "worse-rates": worse_rates, "epochs": epochs, "cost": cost,
+    "worse-rates": worse_rates, "epochs": epochs, "cost": cost, "times": times,
     **{f"tuning-{testbed}": (lambda results, testbed=testbed: tuning(testbed, results))
        for testbed in TESTBEDS}}
 
@@ -338,13 +358,14 @@ def with_tables(page: str, results: Results) -> str:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="tables.py", description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", metavar="TABLE", help="only these tables")
-    parser.add_argument("--write", action="store_true", help="put them into docs/results.md")
+    parser.add_argument("--write", action="store_true", help="put them into the pages")
     given = parser.parse_args(argv)
     results = Results(read_results(RESULTS))
     try:
         if given.write:
-            page = with_tables(PAGE.read_text(encoding="utf-8"), results)
-            PAGE.write_text(page, encoding="utf-8")
+            for page in PAGES:
+                text = with_tables(page.read_text(encoding="utf-8"), results)
+                page.write_text(text, encoding="utf-8")
             return 0
         for name in given.names or PRINTED:
             if name not in PRINTED:
