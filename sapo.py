@@ -57,8 +57,9 @@ class Pair(NamedTuple):
     """A preference pair as token ids: x, y+ = A B C and y- = A B' C.
 
     A is chosen[:start] and rejected[:start]. B is chosen[start:stop] and B' is
-    rejected[start:rejected_stop]; None stands for the end of the response. example_id: its place in
-    the data. step: the optimizer step at which the pair was made.
+    rejected[start:rejected_stop]; None stands for the end of the response. C is chosen[stop:], and
+    rejected[rejected_stop:] is C or, where y- goes without it, empty. example_id: its place in the
+    data. step: the optimizer step at which the pair was made.
     """
     prompt: list[int]
     chosen: list[int]
@@ -109,7 +110,8 @@ def splice(response: Sequence[int], start: int, stop: int, segment: Sequence[int
 def make_pairs(model, examples: Sequence[Example], segment_len: int,
                rng: np.random.Generator | Sequence[np.random.Generator], *,
                eos_token_id: int | Sequence[int] | None, num_rejected: int = 1,
-               max_new_tokens: int | Sequence[int] = 256, segment_eos: str = "stop", step: int = 0,
+               max_new_tokens: int | Sequence[int] = 256, segment_eos: str = "stop",
+               tail: str = "keep", step: int = 0,
                temperature: float = 0.7, top_k: int = 50, top_p: float = 0.95,
                generator: torch.Generator | None = None,
                decode_step: Callable | None = None) -> list[Pair]:
@@ -119,13 +121,19 @@ def make_pairs(model, examples: Sequence[Example], segment_len: int,
     whole response, until an end token or max_new_tokens (one number, or one per example).
     rng: draws where the segments lie (one generator, or one per example).
     num_rejected: rewrites per example, all of the same segment, so that x and A are read once.
-    segment_eos: "stop" ends y- at an end token in B'; "forbid" bans end tokens in B' wherever a C
-    follows. The other arguments are those of generate_segments.
+    segment_eos: "stop" ends y- at an end token in B'; "forbid" bans end tokens in B' where the
+    chosen response goes on after B.
+    tail: "keep" makes y- = A B' C (Eq. 5); "drop" makes y- = A B'; "rewrite" lets B reach to the
+    end of the response, so that C is empty: y- is A and then what the model writes, until an end
+    token or until y- has max_new_tokens tokens, and at least as many as a segment has.
+    The other arguments are those of generate_segments.
     Returns num_rejected pairs per example, in the order of the examples. Raises ValueError on an
-    empty response and where generate_segments does.
+    empty response, on another value of segment_eos or tail, and where generate_segments does.
     """
     if segment_eos not in ("stop", "forbid"):
         raise ValueError(f"segment_eos must be 'stop' or 'forbid', not {segment_eos!r}")
+    if tail not in ("keep", "drop", "rewrite"):
+        raise ValueError(f"tail must be 'keep', 'drop' or 'rewrite', not {tail!r}")
     examples = [Example(*example) for example in examples]
     examples = [Example(as_ids(prompt, "prompt"), as_ids(chosen, "chosen"), example_id)
                 for prompt, chosen, example_id in examples]
@@ -135,9 +143,12 @@ def make_pairs(model, examples: Sequence[Example], segment_len: int,
     for (prompt, chosen, _), example_rng, limit in zip(examples, rngs, whole_limits, strict=True):
         start, stop = choose_segment(                                                   # line 8
             len(chosen), segment_len or len(chosen), example_rng)
+        new_tokens = stop - start if segment_len else limit
+        if tail == "rewrite":
+            new_tokens, stop = max(new_tokens, limit - start), len(chosen)
         spans.append((start, stop))
         prefixes.append([*prompt, *chosen[:start]])                     # x A
-        limits.append(stop - start if segment_len else limit)
+        limits.append(new_tokens)
         forbid_eos.append(segment_eos == "forbid" and stop < len(chosen))
     segments = generate_segments(                                                       # line 9
         model, prefixes, limits, eos_token_id=eos_token_id, temperature=temperature, top_k=top_k,
@@ -146,8 +157,9 @@ def make_pairs(model, examples: Sequence[Example], segment_len: int,
     pairs = []
     for example, (start, stop), rewrites in zip(examples, spans, segments, strict=True):
         prompt, chosen, example_id = example
+        spliced_into = chosen[:stop] if tail == "drop" else chosen
         for segment in rewrites:
-            rejected = splice(chosen, start, stop, segment, eos_token_id)               # line 10
+            rejected = splice(spliced_into, start, stop, segment, eos_token_id)         # line 10
             pairs.append(Pair(prompt, chosen, rejected, start, stop, start + len(segment),
                               example_id, step))
     return pairs

@@ -33,7 +33,7 @@ from support import cli
 from support.errors import UserError
 from support.evaluate import Evaluation, new_tokens
 from support.generating import GeneratingModels
-from support.models import checkpoint_layers, end_token_ids, load_model
+from support.models import checkpoint_layers, end_token_ids, load_model, load_reference
 from support.optim import make_optimizer, optimizer_step, schedule
 from support.pair_sources import (
     DRAW,
@@ -72,8 +72,8 @@ def rewrite(s: Settings, generating: GeneratingModels, eos_ids: list[int], model
                 s.segment_len, [rngs[i] for i in batch], eos_token_id=eos_ids,
                 num_rejected=num_rejected,
                 max_new_tokens=new_tokens(s, [examples[i] for i in batch]),
-                segment_eos=s.segment_eos, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p,
-                generator=generator, decode_step=decode_step)
+                segment_eos=s.segment_eos, tail=s.tail, temperature=s.temperature, top_k=s.top_k,
+                top_p=s.top_p, generator=generator, decode_step=decode_step)
             pairs |= zip(batch, batches(new_pairs, num_rejected), strict=True)
     return [pairs[i] for i in range(len(examples))]
 
@@ -162,17 +162,21 @@ def train(s: Settings, stop: Stop | None = None) -> None:
 def train_policy(s: Settings, world: World, run: Run) -> None:
     """Set up, Algorithm 1, save."""
     model, tokenizer = world.run_on_each(lambda: load_model(s, world))
+    reference = (world.run_on_each(lambda: load_reference(s, world, model, tokenizer))
+                 if s.ref_model else model)
     row_tokenizer = RowTokenizer.from_settings(s, tokenizer, model)
     examples, eval_examples = world.run_on_each(lambda: load_data(s, row_tokenizer, world.say))
     eos_ids = world.run_on_rank0(lambda: end_token_ids(model, tokenizer, row_tokenizer.turn_end))
     steps = s.steps or math.ceil(s.epochs * len(examples) / s.batch_size) * s.iterations
     try:
-        shortcuts = world.run_on_rank0(lambda: find_shortcuts(model))
+        shortcuts = reference_shortcuts = world.run_on_rank0(lambda: find_shortcuts(model))
         world.run_on_rank0(lambda: check_generation(model))
     except ValueError as error:
         raise UserError(f"--model {s.model}: {error}") from None
+    if s.ref_model:
+        reference_shortcuts = world.run_on_rank0(lambda: find_shortcuts(reference))
     s.micro_batch = micro_batch_for(s, model.get_input_embeddings().num_embeddings,
-                                    shortcuts.split_head)
+                                    shortcuts.split_head and reference_shortcuts.split_head)
 
     policy = world.prepare(model)       # the model itself, or a sharded copy         line 1
     buffer = (ReplayBuffer(s.buffer_size // world.size, seed=[DRAW, s.seed, world.rank])
@@ -181,10 +185,12 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
     ema = (EMA(policy, s.ema_decay, s.ema_every, copy=world.frozen_copy(model))
            if needs_ema else None)                                                  # line 3
     spin = s.generates and s.rejected == "spin"
-    # DPO's reference: fixed, or refreshed from the policy or the EMA model (--ref). In SPIN it is
-    # the policy at the start of the round, which also writes the rejected responses.
-    frozen = world.frozen_copy(model) if s.ref or spin else None
-    reference_scorer = world.scorer(frozen, shortcuts) if s.loss == "dpo" else None
+    # DPO's reference: fixed (the start or --ref_model), or refreshed from the policy or the EMA
+    # model (--ref). In SPIN it is the policy at the start of the round, which also writes the
+    # rejected responses.
+    frozen = (world.frozen_copy(reference, in_place=bool(s.ref_model))
+              if s.ref or spin else None)
+    reference_scorer = world.scorer(frozen, reference_shortcuts) if s.loss == "dpo" else None
     if s.grad_checkpoint:
         checkpoint_layers(policy)
     scorer = world.wrap(world.scorer(policy, shortcuts, s.compile))

@@ -69,11 +69,14 @@ class World:
         """The policy, from the model that was loaded: that model itself, or its sharded copy."""
         return sharded_copy(model, self.device, self.dtype) if self.sharded else model
 
-    def frozen_copy(self, model: nn.Module) -> nn.Module:
-        """A copy of the model that was loaded, without gradients."""
+    def frozen_copy(self, model: nn.Module, in_place: bool = False) -> nn.Module:
+        """A copy of the model that was loaded, without gradients.
+
+        in_place: nobody else uses the model, so where models are not sharded it is frozen itself.
+        """
         if self.sharded:
             return sharded_copy(model, self.device, self.dtype, frozen=True).requires_grad_(False)
-        return copy.deepcopy(model).requires_grad_(False)
+        return (model if in_place else copy.deepcopy(model)).requires_grad_(False)
 
     def gather_full(self, model: nn.Module, policy: nn.Module) -> nn.Module:
         """`model` with the trained weights, whole, on rank 0. All processes together."""

@@ -95,10 +95,12 @@ class Report:
         rewritten = pair.rejected[pair.start:pair.rejected_stop]
         c = pair.chosen[len(pair.chosen) if pair.stop is None else pair.stop:]
         dropped = bool(c) and pair.rejected_stop == len(pair.rejected)
+        ended = rewritten[-1:] in [[i] for i in self.eos_ids]
+        why = ": the response ended in B'" if ended else ""
         self.say("", f"step {pair.step}, row {pair.example_id}",
                  f"  x  {text(pair.prompt[-120:])}", f"  A  {text(pair.chosen[:pair.start])}",
                  f"  B  {text(b)}", f"  B' {text(rewritten)}{'   (the same)' * (b == rewritten)}",
-                 f"  C  {text(c)}{'   (dropped: the response ended in B)' * dropped}")
+                 f"  C  {text(c)}{f'   (dropped{why})' * dropped}")
 
     def evaluation(self, step: int, result: dict[str, float]) -> dict[str, float]:
         """Say a result on the way; returns it as it goes into the step's record."""

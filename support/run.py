@@ -98,7 +98,9 @@ class Run:
         self.replicated_state, self.per_rank_state = replicated_state, per_rank_state
         fingerprints = {"data": examples.fingerprint(),
                         "eval_data": fingerprint_examples(eval_examples),
-                        "model": world.run_on_rank0(lambda: fingerprint_model(located(s.model)))}
+                        "model": world.run_on_rank0(lambda: fingerprint_model(located(s.model))),
+                        "ref_model": world.run_on_rank0(lambda: s.ref_model and fingerprint_model(
+                            located(s.ref_model), "--ref_model"))}
         self.progress = {"fingerprints": fingerprints, "before": None, "skipped": 0,
                          "bad_steps_in_a_row": 0}
         if self.checkpoint:

@@ -15,6 +15,7 @@ from support.checkpoint import all_checkpoints, newest_checkpoint, remove_checkp
 from support.errors import UserError
 from support.files import read_json, remove_tree, write_whole
 from support.settings import (
+    PATHS,
     Settings,
     changes,
     current_name,
@@ -97,7 +98,7 @@ def check_replaceable(folder: Path, present: list[Path], settings: Settings) -> 
             raise UserError(f"--overwrite: {path} is a {kind}, which no run makes of that name; "
                             "remove it, or name another folder")
     inputs = [located(name).resolve()
-              for name in (settings.model, settings.data, settings.eval_data) if name]
+              for name in (getattr(settings, flag) for flag in PATHS) if name]
     if any(path.resolve() in (source, *source.parents) for path in present for source in inputs):
         raise UserError(f"--overwrite: {folder} holds the model or the data that this run starts "
                         "from; name another folder")

@@ -47,6 +47,7 @@ AXES = [
     "--rejected iteration --iterations 2 --loss orpo --segment_len 6", "--segment_len 0",
     "--num_rejected 4", "--num_rejected 2 --buffer_size 0",
     "--segment_eos forbid --nll_on prompt",
+    "--tail drop --segment_eos forbid --loss dpo", "--tail rewrite --num_rejected 2",
     "--ema_decay 0.9 --ema_every 1 --temperature 1 --top_k 0 --top_p 1",
     "--skip_identical --temperature 0", "--optimizer rmsprop --schedule cosine",
     "--schedule inverse_sqrt --max_grad_norm 0 --weight_decay 0.1"]

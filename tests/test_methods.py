@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train
 from buffer import ReplayBuffer
 from ema import EMA
-from sapo import Pair, pair_logps
+from sapo import Pair, make_pairs, pair_logps
 from support import cli
 from support.models import checkpoint_layers
 from support.optim import learning_rate
@@ -177,6 +177,26 @@ def test_segments_do_not_depend_on_the_batch():
         [n, n] for n in (9, 3, 14, 5, 7)]
     assert together == one_by_one[::-1]
     assert len({pair.start for pair, _ in together}) > 2
+
+
+def test_tails():
+    """y- is A B' C (keep), A B' (drop), or A and all that the model writes after it (rewrite).
+
+    B starts at the same place and, greedy, B' is the same. With rewrite, y- has max_new_tokens
+    tokens where no end token comes, or as many as with drop where that is more.
+    """
+    example = [5, 9], random_ids(np.random.default_rng(1), 20)
+
+    def pair(tail, limit=30):
+        return make_pairs(tiny(), [example], 4, np.random.default_rng(3), eos_token_id=None,
+                          max_new_tokens=limit, temperature=0, tail=tail)[0]
+
+    keep, drop, rewrite, short = pair("keep"), pair("drop"), pair("rewrite"), pair("rewrite", 1)
+    assert 0 < keep.start == drop.start == rewrite.start < keep.stop == drop.stop < 20
+    assert keep.rejected[keep.rejected_stop:] == keep.chosen[keep.stop:]
+    assert drop.rejected == keep.rejected[:keep.rejected_stop] == rewrite.rejected[:keep.stop]
+    assert (rewrite.stop, len(rewrite.rejected), rewrite.rejected_stop) == (20, 30, 30)
+    assert short.rejected == drop.rejected and short.stop == 20
 
 
 # -------------------------------------------------------------------------------------- references

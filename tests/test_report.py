@@ -124,7 +124,9 @@ def test_printed_pairs_are_told_apart(report, capsys):
     assert said(capsys)[2:] == ["  A  ", "  B  cd", "  B' cd   (the same)", "  C  ef<end>"]
     report.pair(pair_of("ab", "cd", "X\x02", "ef\x02"))
     assert said(capsys)[4:] == ["  B' X<end>",
-                                "  C  ef<end>   (dropped: the response ended in B)"]
+                                "  C  ef<end>   (dropped: the response ended in B')"]
+    report.pair(pair_of("ab", "cd", "XY", "ef\x02")._replace(rejected=letters("abXY")))
+    assert said(capsys)[4:] == ["  B' XY", "  C  ef<end>   (dropped)"]
     report.pair(pair_of("ab", "cd\x02", "XY", ""))
     assert said(capsys)[4:] == ["  B' XY", "  C  "]
 
