@@ -320,16 +320,14 @@ def times(results: Results) -> str:
     lines, counted, total = [], set(), 0.0
     for name, table in TABLES.items():
         runs = {run for _, run in planned({name: table}, results)}
-        done = {line["id"]: line for run in runs
-                if isinstance(run, Run) and (line := results.line_of(run))}
-        new = [line for at, line in done.items() if at not in counted]
+        found = [results.line_of(run) if isinstance(run, Run) else None for run in runs]
+        done = {id(line): line for line in found if line}
+        seconds = sum(line["wall_seconds"] for at, line in done.items() if at not in counted)
+        lines.append([name, str(len(set(done) - counted)),
+                      f"{seconds / 120:.0f} min" if done else NOT_RUN,
+                      "not all of it was run" if done and None in found else ""])
         counted |= set(done)
-        seconds = sum(line["wall_seconds"] for line in new)
         total += seconds
-        missing = len(runs) - len({run for run in runs if isinstance(run, Run)
-                                   and results.line_of(run)})
-        lines.append([name, str(len(new)), f"{seconds / 120:.0f} min" if new else NOT_RUN,
-                      "not all of it was run" if missing and new else ""])
     lines.append(["in all", str(len(counted)), f"{total / 7200:.1f} h", ""])
     return markdown(["table", "runs that no table above has", "on 2 cores", ""], lines)
 

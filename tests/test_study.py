@@ -17,7 +17,6 @@ from study.grid import METHODS, REPORT, TABLES, TUNE, Method, Row, Table
 from study.plan import Results, Run, Waiting, best, planned, read_results, tuning_runs
 from study.run import Study, bins, evaluations, rates, result_line, rounded, start_margins
 from support.errors import UserError
-from support.settings import parse
 
 SETTINGS = ({"lr": 1e-4}, {"lr": 1e-3})
 
@@ -38,7 +37,7 @@ def line_of(run: Run, match: float, nll: float = 1.0, **more) -> dict:
 def all_done(tables_: dict[str, Table], score=lambda run: 0.5) -> Results:
     """Results in which every run of these tables is done, the tuning runs first."""
     lines, waits = [], True
-    while waits:
+    while waits:      # what is tuned decides what is run
         results = Results(lines)
         runs = {run for _, run in planned(tables_, results)}
         waits = any(isinstance(run, Waiting) for run in runs)
@@ -79,8 +78,8 @@ def test_the_whole_grid_can_be_run():
             found = plan.plan_row(table, row, results)
             assert [each.seed for each in found.runs] == list(table.seeds), row.title
             for each in [*found.tuning, *found.runs]:
-                settings = parse([f"@{REPOSITORY / each.words[0][1:]}", *each.words[1:]])
-                assert settings.seed == each.seed and settings.threads == 1
+                settings = plan.settings_of(tuple(each.words))      # raises where train.py would
+                assert settings.seed == each.seed
 
 
 def test_every_method_has_the_same_tuning():
@@ -152,7 +151,7 @@ def test_finished_runs_are_skipped(few, tmp_path):
 
 def test_lines_of_another_start_model_do_not_count(testbed):
     """Of a testbed, only lines of the newest start model are used."""
-    one = Run(testbed, "sft", (("loss", "sft"),), 0)
+    one = Run(testbed, "sft", (("loss", "sft"), ("buffer_size", 0)), 0)
     other = one._replace(seed=1)
     results = Results([line_of(one, 0.5, start="old"), line_of(other, 0.5, start="new")])
     assert results.line_of(one) is None and results.line_of(other)
@@ -237,7 +236,7 @@ def test_evaluations_know_the_seconds_until_then():
 def test_cost_of_a_match():
     """The first evaluation that shows the match counts, in CPU seconds: half of the wall-clock
     seconds here. SPIN has generated a whole round's tokens when the round begins."""
-    one = line_of(Run("habits", "sft", (("loss", "sft"),), 0), 0.9)
+    one = line_of(Run("habits", "sft", (("loss", "sft"), ("buffer_size", 0)), 0), 0.9)
     one["evaluations"] = [{"step": 24, "seconds": 4.0, "exact_match": 0.5},
                           {"step": 48, "seconds": 8.0, "exact_match": 0.7}]
     assert tables.cost_of_match(one, 0.6) == (4.0, 48_000)
