@@ -41,7 +41,7 @@ from study.plan import (  # noqa: E402
     testbed_file,
 )
 from support.errors import UserError, printable  # noqa: E402
-from support.files import remove_tree, write_whole  # noqa: E402
+from support.files import flush, remove_tree  # noqa: E402
 from support.settings import located  # noqa: E402
 
 RESULTS = REPOSITORY / "study" / "results.jsonl"
@@ -331,8 +331,7 @@ class Study:
         """Add the line of a finished run, and remove its folder."""
         line = result_line(job.run, job.tables, job.folder, job.commit, job.wall_seconds,
                            job.cpu_seconds)
-        lines = [*read_results(self.file), line]
-        write_whole(self.file, "".join(json.dumps(each) + "\n" for each in lines).encode())
+        append_line(self.file, line)
         self.results = self.read()
         if not self.keep:
             remove_tree(job.folder)
@@ -381,6 +380,16 @@ class Study:
             done = sum(self.results.line_of(run) is not None for run in runs)
             self.say(f"{name:<18}{done:>6}{len(left):>6}   {time_left}")
         self.say(f"in all: {self.summary_of_left()} (a run that two tables need is run once)")
+
+
+def append_line(path: Path, line: dict) -> None:
+    """Append to results.jsonl, in place of a torn last line, which a crash may have left. On return
+    the line is on the disk."""
+    with open(path, "a+b") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(json.dumps(line).encode() + b"\n")
+        flush(file)
 
 
 def duration(seconds: float) -> str:
