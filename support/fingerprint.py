@@ -15,7 +15,7 @@ SAMPLE = 2 ** 20        # bytes read of a larger file's start, and of its end
 BLOCKS, BLOCK = 256, 2 ** 14        # between these: so many blocks, evenly spaced, of so many bytes
 
 
-def fingerprint_model(path: str | Path | None) -> str | None:
+def fingerprint_model(path: str | Path | None, flag: str = "--model") -> str | None:
     """SHA-256 over the files of a model folder that transformers reads, or None for a hub name.
 
     Names, sizes and content count; times and other files do not, so a copied folder is the same.
@@ -26,7 +26,7 @@ def fingerprint_model(path: str | Path | None) -> str | None:
     alone can be missed.
 
     A hub name is not followed: what it stands for is fixed by a revision, not by this function.
-    Raises UserError where a file can't be read.
+    flag: named in errors. Raises UserError where a file can't be read.
     """
     if path is None or not Path(path).is_dir():
         return None
@@ -37,7 +37,7 @@ def fingerprint_model(path: str | Path | None) -> str | None:
         try:
             digest.update(f"{file.name}\0{file.stat().st_size}\0{sampled_sha256(file)}\n".encode())
         except OSError as error:
-            raise UserError(f"--model {path}: {file.name}: {error.strerror}") from None
+            raise UserError(f"{flag} {path}: {file.name}: {error.strerror}") from None
     return digest.hexdigest()
 
 
@@ -65,10 +65,12 @@ def sampled_sha256(file: Path) -> str:
 def compare_fingerprints(saved: dict, now: dict) -> None:
     """Raise UserError, naming what changed, unless both fingerprints are the same.
 
-    Both hold a fingerprint, or None, for "data", "eval_data" and "model".
+    Both hold a fingerprint, or None, for "data", "eval_data", "model" and "ref_model"
+    (runs that began before there was --ref_model have none).
     """
     flags = {"data": "the training rows (--data)", "eval_data": "the held-out rows (--eval_data)",
-             "model": "the model folder (--model)"}
+             "model": "the model folder (--model)",
+             "ref_model": "the reference model's folder (--ref_model)"}
     differing = [words for name, words in flags.items() if saved.get(name) != now.get(name)]
     if differing:
         raise UserError(f"--resume: {' and '.join(differing)} changed since the run began; "

@@ -11,15 +11,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
+from sapo import refuse_model
 from support.chat_templates import set_template
 from support.errors import RunFailed, UserError, error_text, printable
 from support.files import flush_folder, flush_tree
 from support.parallel import out_of_memory
-from support.settings import Settings, fit_to_positions, located, run_label
+from support.settings import PATHS, Settings, fit_to_positions, located, run_label
 
 
-def load_model(settings: Settings, world):
-    """The policy and its tokenizer.
+def load_model(settings: Settings, world, flag: str = "model"):
+    """The policy and its tokenizer; with flag="ref_model", the reference that --ref_model names.
 
     Weights are fp32 whatever the folder holds: bf16 would round small steps away. With --shard,
     rank 0 has the whole model on its CPU and the other ranks have shapes only (meta device).
@@ -27,35 +28,39 @@ def load_model(settings: Settings, world):
     Raises UserError where there is no causal language model, where weights are missing or not
     finite, and where prompt and response do not fit.
     """
-    name = str(located(settings.model))
+    asked = getattr(settings, flag)
+    name, options = str(located(asked)), hub_options(settings)
+    random_init = settings.random_init
+    if flag == "ref_model":
+        random_init, options["revision"] = False, "main"    # the other settings are the policy's
     shapes_only = world.sharded and not world.is_main
     torch.manual_seed(settings.seed)    # for new weights: --random_init, embeddings of added tokens
     missing = []
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **hub_options(settings))
-        config = read_config(settings)
-        if settings.random_init or shapes_only:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        config = read_config(settings, flag)
+        if random_init or shapes_only:
             with torch.device("meta") if shapes_only else contextlib.nullcontext():
                 model = fresh_model(config, torch.float32, settings)
         else:
             with no_progress_bars():
                 model, loading = AutoModelForCausalLM.from_pretrained(
                     name, config=config, dtype=torch.float32, output_loading_info=True,
-                    **hub_options(settings))
+                    **options)
             missing = sorted(loading["missing_keys"])       # without tied weights
     except Exception as error:          # every kind of damage to a folder has an error of its own
         if out_of_memory(error):
             raise
-        raise UserError(f"--model {settings.model}: not a causal language model with its tokenizer "
+        raise UserError(f"--{flag} {asked}: not a causal language model with its tokenizer "
                         f"({error_text(error)})") from None
     if missing:
         names = ", ".join(missing[:3]) + ", ..." * (len(missing) > 3)
-        raise UserError(f"--model {settings.model}: {len(missing)} of its weights are missing: "
-                        f"{names}; save the model again with all of them, or start from random "
-                        "weights with --random_init")
+        random = ", or start from random weights with --random_init" if flag == "model" else ""
+        raise UserError(f"--{flag} {asked}: {len(missing)} of its weights are missing: "
+                        f"{names}; save the model again with all of them{random}")
     if not shapes_only:
-        refuse_weights_not_finite(settings, model)
-    fit_to_positions(settings, positions_of(config))
+        refuse_weights_not_finite(f"--{flag} {asked}", model)
+    fit_to_positions(settings, positions_of(config), flag)
     added = set_template(tokenizer, settings.chat_template)
     embeddings = model.get_input_embeddings()
     if added and len(tokenizer) > embeddings.num_embeddings:
@@ -68,15 +73,18 @@ def load_model(settings: Settings, world):
     return (model if world.sharded else model.to(world.device)).eval(), tokenizer
 
 
-def read_config(settings: Settings):
-    """The configuration in --plan_config or --model. Raises the errors of transformers.
+def read_config(settings: Settings, flag: str = "model"):
+    """The configuration in --plan_config or --model; with flag="ref_model", in --ref_model.
+
+    Raises the errors of transformers.
 
     A window that `use_sliding_window: false` turns off is removed: some models ignore both values,
     others would use the window all the same.
     """
-    name = str(located(settings.plan_config or settings.model))
+    plan_config = settings.plan_config if flag == "model" else None
+    name = str(located(plan_config or getattr(settings, flag)))
     options = hub_options(settings)
-    if settings.plan_config:
+    if plan_config or flag == "ref_model":
         options["revision"] = "main"    # --model_revision is of the model
     config = AutoConfig.from_pretrained(name, **options)
     text = config.get_text_config()
@@ -84,6 +92,33 @@ def read_config(settings: Settings):
     if getattr(text, "use_sliding_window", None) is False and not sliding_layers:
         text.sliding_window = None
     return config
+
+
+def load_reference(settings: Settings, world, policy, tokenizer):
+    """The model that --ref_model names, as DPO's reference for a policy with this tokenizer.
+
+    The two models may differ in shape, but the same id must stand for the same token in both.
+    Settles the settings' max_len by the positions of this model too. Raises UserError where the
+    vocabularies differ, and where load_model does.
+    """
+    model, own_tokenizer = load_model(settings, world, "ref_model")
+    try:
+        refuse_model(model, "--ref_model", "")
+    except ValueError as error:
+        raise UserError(f"--ref_model {settings.ref_model}: {error}") from None
+    own, needed = own_tokenizer.get_vocab(), tokenizer.get_vocab()
+    other = next((token for token, number in needed.items() if own.get(token) != number), None)
+    if other is not None:
+        raise UserError(f"--ref_model {settings.ref_model}: its vocabulary is not that of --model: "
+                        f"the token {printable(other)!r} has the id {needed[other]} there and "
+                        f"{own.get(other, 'none')} here")
+    # Ids beyond the policy's own embedding never occur.
+    ids = min(max(needed.values()) + 1, policy.get_input_embeddings().num_embeddings)
+    size = model.get_input_embeddings().num_embeddings
+    if size < ids:
+        raise UserError(f"--ref_model {settings.ref_model}: its embedding has {size} entries, too "
+                        f"few for the {ids} tokens of --model {settings.model}")
+    return model
 
 
 def hub_options(settings: Settings) -> dict:
@@ -109,11 +144,11 @@ def fresh_model(config, dtype, settings: Settings):
     return model
 
 
-def refuse_weights_not_finite(settings: Settings, model) -> None:
+def refuse_weights_not_finite(source: str, model) -> None:
     """Raise UserError, with the weight's name, where a weight is NaN or infinite."""
     for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
-            raise UserError(f"--model {settings.model}: the weight {name} has NaN or infinite "
+            raise UserError(f"{source}: the weight {name} has NaN or infinite "
                             "values; take a model whose weights are all finite")
 
 
@@ -159,11 +194,11 @@ def end_token_ids(model, tokenizer, turn_end: int) -> list[int]:
     return sorted(i for i in ids if i < model.get_input_embeddings().num_embeddings)
 
 
-def model_card(settings: Settings, steps: int) -> str:
+def model_card(settings: Settings, steps: int, is_ema: bool = False) -> str:
     """README.md of the saved folder: where the model comes from, what was done to it, and how.
 
     Hub names are given in full. Of a path, only the last part is: the rest says nothing elsewhere
-    and may say too much.
+    and may say too much. is_ema: the weights are those of the EMA model.
     """
     def public(value):
         value = Path(value).name if located(value).exists() else value
@@ -191,12 +226,14 @@ def model_card(settings: Settings, steps: int) -> str:
             "spin": "the model as it was at the start of each round wrote them",
             "data": "those of the data"}
         lines.append(f"Rejected responses: {written[settings.rejected]}.")
+    if is_ema:
+        lines.append("The weights are those of the exponential moving average of the model.")
     lines += ["", "From the reference code for Self-Augmented Preference Optimization, "
               "https://arxiv.org/abs/2405.20830.", "", "| setting | value |", "| --- | --- |"]
     for name, value in dataclasses.asdict(settings).items():
         if value is None or name in ("out", "resume", "overwrite") or name.startswith("plan_"):
             continue
-        if name in ("model", "data", "eval_data"):
+        if name in PATHS:
             value = public(value)
         lines.append(f"| {name} | {str(value).replace('|', chr(92) + '|')} |")
     return "\n".join([*lines, ""])

@@ -69,21 +69,28 @@ class World:
         """The policy, from the model that was loaded: that model itself, or its sharded copy."""
         return sharded_copy(model, self.device, self.dtype) if self.sharded else model
 
-    def frozen_copy(self, model: nn.Module) -> nn.Module:
-        """A copy of the model that was loaded, without gradients."""
+    def frozen_copy(self, model: nn.Module, in_place: bool = False) -> nn.Module:
+        """A copy of the model that was loaded, without gradients.
+
+        in_place: nobody else uses the model, so where models are not sharded it is frozen itself.
+        """
         if self.sharded:
             return sharded_copy(model, self.device, self.dtype, frozen=True).requires_grad_(False)
-        return copy.deepcopy(model).requires_grad_(False)
+        return (model if in_place else copy.deepcopy(model)).requires_grad_(False)
 
-    def gather_full(self, model: nn.Module, policy: nn.Module) -> nn.Module:
-        """`model` with the trained weights, whole, on rank 0. All processes together."""
-        if self.sharded:
-            tensors = zip([*model.parameters(), *model.buffers()],
-                          [*policy.parameters(), *policy.buffers()], strict=True)
-            for full, shard in tensors:
-                gathered = full_tensor(shard.detach())
-                if self.is_main:
-                    full.data.copy_(gathered)
+    def gather_full(self, model: nn.Module, trained: nn.Module) -> nn.Module:
+        """`trained`, the policy or the EMA model, whole on rank 0. All processes together.
+
+        model: the model that was loaded. Where `trained` is sharded, its weights go in there.
+        """
+        if not self.sharded:
+            return trained
+        tensors = zip([*model.parameters(), *model.buffers()],
+                      [*trained.parameters(), *trained.buffers()], strict=True)
+        for full, shard in tensors:
+            gathered = full_tensor(shard.detach())
+            if self.is_main:
+                full.data.copy_(gathered)
         return model
 
     def scorer(self, model: nn.Module, shortcuts, compiled: bool = False) -> nn.Module:

@@ -34,6 +34,11 @@ def plan(s: Settings, processes: int) -> str:
         flag = f"--plan_config {s.plan_config}" if s.plan_config else f"--model {s.model}"
         raise UserError(f"{flag}: no model's shape there ({error_text(error)}); --plan_config "
                         "takes a config.json") from None
+    try:
+        reference_config = read_config(s, "ref_model") if s.ref_model else None
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--ref_model {s.ref_model}: no model's shape there "
+                        f"({error_text(error)})") from None
     fit_to_positions(s, positions_of(config))
     rows, where = count_rows(s)
     asked, changed = s.micro_batch, logit_changes(config)
@@ -41,9 +46,10 @@ def plan(s: Settings, processes: int) -> str:
         with torch.device("meta"):
             dtype = torch.bfloat16 if s.dtype == "bf16" else torch.float32
             model = fresh_model(config, dtype, s).eval()
+            reference = fresh_model(reference_config, dtype, s) if s.ref_model else None
         vocab_size = model.get_input_embeddings().num_embeddings
         s.micro_batch = micro_batch_for(s, vocab_size, split_head=not changed)
-        by_part, peak, saved = memory(s, model, processes)
+        by_part, peak, saved = memory(s, model, processes, reference)
     except Exception as error:          # no causal model, or one that needs more than shapes
         raise UserError(f"--dry_run: {config.model_type}: its training step can't be built without "
                         f"weights ({error_text(error)})") from None
@@ -90,7 +96,9 @@ def counts(s: Settings, rows: int) -> tuple[int, int, int, int]:
     if s.rejected == "spin":                # once per round
         answered = s.iterations * min(rows - held,
                                       math.ceil(steps / s.iterations) * s.batch_size)
-    new_tokens = min(s.segment_len or s.max_new_tokens, s.max_len) * s.num_rejected
+    longest = max(s.segment_len, s.max_new_tokens) if s.tail == "rewrite" else (
+        s.segment_len or s.max_new_tokens)
+    new_tokens = min(longest, s.max_len) * s.num_rejected
     return steps, held, scored, answered * new_tokens if s.generates else 0
 
 
@@ -122,8 +130,11 @@ def micro_batch_for(settings: Settings, vocab_size: int, split_head: bool) -> in
     return max(1, min(settings.micro_batch, LOGITS_AT_ONCE // per_pair))
 
 
-def memory(s: Settings, model, processes: int) -> tuple[dict[str, float], float, float]:
+def memory(s: Settings, model, processes: int,
+           reference=None) -> tuple[dict[str, float], float, float]:
     """Bytes that a process needs, by part; their peak; bytes of a checkpoint on the disk.
+
+    reference: the model that --ref_model names; None: the reference has the shape of `model`.
 
     The peak is what stays, and the larger of scoring and generating.
     """
@@ -131,12 +142,17 @@ def memory(s: Settings, model, processes: int) -> tuple[dict[str, float], float,
     shares = processes if s.shard else 1
     parts = {"policy": 4, "gradients": 4,
              f"optimizer ({s.optimizer})": 4 if s.optimizer == "rmsprop" else 8}
-    if (s.generates and s.rejected == "ema") or s.ref == "ema":
+    if s.needs_ema:
         parts["EMA model"] = 4
     if s.ref or s.rejected == "spin":
         parts["reference" if s.loss == "dpo" else "policy at the start of the round"] = 4
-    saved = (sum(parts.values()) - parts["gradients"]) * parameters
-    parts = {name: size * parameters / shares for name, size in parts.items()}
+    parts = {name: size * parameters for name, size in parts.items()}
+    if reference is not None:
+        parts["reference"] = 4 * sum(p.numel() for p in reference.parameters())
+    saved = sum(parts.values()) - parts["gradients"]
+    if s.save_pairs:
+        parts["start model, for --save_pairs"] = 4 * parameters
+    parts = {name: size / shares for name, size in parts.items()}
     # and the gradient of the largest matrix
     scoring = activations(s, model) + logits(s, model)
     scoring += 4 * max(p.numel() for p in model.parameters())

@@ -84,7 +84,7 @@ class Settings:
     buffer_size: int = setting(
         None, "pairs in the replay buffer, over all processes; 0: train on the newest pairs only "
         "(none: 2000 with --rejected ema or policy, otherwise 0)", low=0)
-    skip_identical: bool = setting(False, "leave out pairs in which B' equals B")
+    skip_identical: bool = setting(False, "leave out pairs whose two responses are equal")
     beta: float = setting(
         None, "DPO: strength of the pull towards the reference (none: 0.1)", several=True)
     label_smoothing: float = setting(
@@ -96,6 +96,9 @@ class Settings:
     ref: str = setting(
         None, "DPO: model that the reference is refreshed from (none: ema where a model writes the "
         "rejected responses, otherwise fixed)", ["fixed", "policy", "ema"])
+    ref_model: str = setting(
+        None, "DPO with --ref fixed: folder or Hub name of a reference model with the policy's "
+        "vocabulary (none: the model that training starts from)")
     ref_every: int = setting(108, "DPO: optimizer steps between refreshes of the reference", low=1)
     ema_decay: float = setting(0.5, "alpha of Eq. 6", low=0, high=1)
     ema_every: int = setting(2, "optimizer steps between updates of the EMA model", low=1)
@@ -109,10 +112,15 @@ class Settings:
         0.95, "sample among the most likely tokens that together have this probability", low=0,
         high=1)
     max_new_tokens: int = setting(
-        256, "most tokens of a response that is written whole, in training and evaluation", low=1)
+        256, "most tokens of a response that is written whole, in training and evaluation; with "
+        "--tail rewrite, of a rejected response", low=1)
     segment_eos: str = setting(
-        "stop", "an end token in B' ends the response (stop), or is never produced there (forbid)",
-        ["stop", "forbid"])
+        "stop", "an end token in B' ends the response (stop), or is never produced there unless B "
+        "ends the response (forbid)", ["stop", "forbid"])
+    tail: str = setting(
+        "keep", "the rejected response is A B' C (keep: Eq. 5), A B' (drop), or A and then "
+        "everything after it written anew, until an end token or --max_new_tokens (rewrite)",
+        ["keep", "drop", "rewrite"])
     # optimization
     epochs: float = setting(4.0, "passes over the data (SPIN: per round)")
     steps: int = setting(None, "optimizer steps in total; overrides --epochs", low=1)
@@ -159,6 +167,14 @@ class Settings:
     tensorboard: bool = setting(
         False, "also write the metrics for TensorBoard, into the output folder (needs the "
         "tensorboard package)")
+    save_pairs: bool = setting(
+        False, "write every new pair to pairs.jsonl in the output folder: text, token ids, and "
+        "log-probabilities under the model that training starts from, which stays in memory for "
+        "this")
+    save_ema: bool = setting(False, "at the end, save the EMA model, too, as final-ema/")
+    save_every_epoch: bool = setting(
+        False, "save the policy after every epoch as epochs/1, epochs/2, ... (SPIN: counted over "
+        "all rounds; the last epoch of a round ends with the round)")
     # surviving
     save_every: int = setting(
         0, "steps between checkpoints; 0: write one only when a signal ends the run", low=0)
@@ -184,6 +200,11 @@ class Settings:
     def generates(self) -> bool:
         """Does a model write the rejected responses?"""
         return self.loss != "sft" and self.rejected != "data"
+
+    @property
+    def needs_ema(self) -> bool:
+        """Is there an EMA model? It writes the rejected responses or is DPO's reference."""
+        return (self.generates and self.rejected == "ema") or self.ref == "ema"
 
 
 def parse(argv: list[str]) -> Settings:
@@ -215,7 +236,12 @@ CHANGEABLE = {
     "print_every", "tensorboard", "compile", "grad_checkpoint", "shard", "micro_batch",
     "generate_batch", "steps", "epochs", "lr", "schedule", "warmup", "max_grad_norm",
     "trust_remote_code", "dry_run", "plan_config", "plan_rows", "plan_processes", "beta", "lam",
-    "label_smoothing", "temperature", "top_k", "top_p", "ema_decay", "ema_every", "ref_every"}
+    "label_smoothing", "temperature", "top_k", "top_p", "ema_decay", "ema_every", "ref_every",
+    "save_pairs", "save_ema", "save_every_epoch"}
+
+
+# Settings that may name a place on this machine.
+PATHS = ("model", "data", "eval_data", "ref_model")
 
 
 def run_folder(resume: str) -> Path:
@@ -258,7 +284,7 @@ def refuse_another_run(resume: str, saved: dict, s: Settings) -> None:
 def as_saved(s: Settings) -> dict:
     """The settings as settings.json holds them. Paths are absolute, to resume from any folder."""
     paths = {name: str(located(getattr(s, name)).resolve())
-             for name in ("model", "data", "eval_data")
+             for name in PATHS
              if getattr(s, name) and located(getattr(s, name)).exists()}
     return dataclasses.asdict(s) | paths
 
@@ -266,7 +292,7 @@ def as_saved(s: Settings) -> dict:
 def changes(saved: dict, s: Settings) -> dict[str, tuple]:
     """Settings that differ from those saved: name -> (then, now)."""
     def same(name, then, now):
-        if name in ("model", "data", "eval_data") and None not in (then, now):
+        if name in PATHS and None not in (then, now):
             return Path(located(then)).resolve() == Path(located(now)).resolve()
         return then == now
 
@@ -359,7 +385,9 @@ def resolve(s: Settings, explicit: set[str]) -> Settings:
     """
     def refuse(flag, when, why):
         if when and flag in explicit and getattr(s, flag) not in (None, 0):
-            raise UserError(f"--{flag} {getattr(s, flag)} makes no sense with {why}")
+            given = getattr(s, flag)
+            flag = f"--{flag}" if given is True else f"--{flag} {given}"
+            raise UserError(f"{flag} makes no sense with {why}")
 
     spin = s.rejected == "spin" and s.loss != "sft"
     refuse("rejected", s.loss == "sft" and s.rejected != "data",
@@ -371,12 +399,18 @@ def resolve(s: Settings, explicit: set[str]) -> Settings:
            "--rejected spin, which writes all responses at the start of a round")
     refuse("num_rejected", not s.generates and s.num_rejected > 1,
            "--loss sft or --rejected data, which generate nothing")
+    refuse("tail", not s.generates and s.tail != "keep",
+           "--loss sft or --rejected data, which generate nothing")
+    refuse("segment_eos", s.tail == "rewrite" and s.segment_eos == "forbid",
+           "--tail rewrite: B' reaches to the end of the response")
     refuse("iterations", not spin and s.iterations != 1, "anything but --rejected spin")
     refuse("ref", s.loss != "dpo", f"--loss {s.loss}, which needs no reference model")
     refuse("ref", spin, "--rejected spin: the reference is the policy at the start of the round")
 
     if spin and "segment_len" not in explicit:
         s.segment_len = 0           # SPIN writes whole responses
+    refuse("tail", not s.segment_len and s.tail != "keep",
+           "--segment_len 0: a response that is written whole has no part after the segment")
     s.iterations = (s.iterations or 4) if spin else 1
     if not s.generates or spin:
         s.buffer_size = 0
@@ -386,6 +420,12 @@ def resolve(s: Settings, explicit: set[str]) -> Settings:
         s.ref = None
     elif s.ref is None:
         s.ref = "ema" if s.generates else "fixed"
+    if s.ref_model is not None and s.ref != "fixed":
+        raise UserError(f"--ref_model {s.ref_model} needs --loss dpo --ref fixed: every other "
+                        "reference comes from the policy")
+    refuse("save_pairs", not s.generates,
+           "--loss sft or --rejected data, which generate nothing")
+    refuse("save_ema", not s.needs_ema, f"{run_label(s)}, which has no EMA model")
     for name, default in (("lr", {"orpo": 5e-6, "dpo": 5e-7, "sft": 2e-5}[s.loss]), ("beta", 0.1)):
         value = getattr(s, name)
         value = [default] if value is None else value if isinstance(value, list) else [value]
@@ -399,8 +439,10 @@ def resolve(s: Settings, explicit: set[str]) -> Settings:
     return s
 
 
-def fit_to_positions(s: Settings, positions: int | None) -> None:
+def fit_to_positions(s: Settings, positions: int | None, flag: str = "model") -> None:
     """Settle max_len and max_prompt_len, given how many positions the model has (None: any number).
+
+    flag: the setting that names the model, for the error.
 
     max_len is lowered to the model's positions. max_prompt_len stays what the user gave where that
     leaves room for a response; otherwise it is 7/8 of max_len. Raises UserError on a model with a
@@ -408,8 +450,8 @@ def fit_to_positions(s: Settings, positions: int | None) -> None:
     """
     s.max_len = min(s.max_len, positions or s.max_len)
     if s.max_len < 2:
-        raise UserError(f"--model {s.model} has {positions} position: no room for a prompt and a "
-                        "response")
+        raise UserError(f"--{flag} {getattr(s, flag)} has {positions} position: no room for a "
+                        "prompt and a response")
     if s.max_prompt_len is None or s.max_prompt_len >= s.max_len:
         s.max_prompt_len = max(1, s.max_len * 7 // 8)
 

@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import support.parallel
 import train
 from support import cli
+from support.checkpoint import all_checkpoints
 from support.errors import UserError
 from support.settings import Settings, parse
 from test_sapo import tiny
@@ -47,6 +48,7 @@ AXES = [
     "--rejected iteration --iterations 2 --loss orpo --segment_len 6", "--segment_len 0",
     "--num_rejected 4", "--num_rejected 2 --buffer_size 0",
     "--segment_eos forbid --nll_on prompt",
+    "--tail drop --segment_eos forbid --loss dpo", "--tail rewrite --num_rejected 2",
     "--ema_decay 0.9 --ema_every 1 --temperature 1 --top_k 0 --top_p 1",
     "--skip_identical --temperature 0", "--optimizer rmsprop --schedule cosine",
     "--schedule inverse_sqrt --max_grad_norm 0 --weight_decay 0.1"]
@@ -118,9 +120,19 @@ def untimed(out: Path) -> list[dict]:
              if "seconds" not in name and "memory" not in name} for record in read_records(out)]
 
 
+def results(summary: dict) -> dict:
+    """The part of a summary that two equal runs have in common: all but the seconds."""
+    return {name: value for name, value in summary.items() if name != "seconds"}
+
+
 def weights(out: Path) -> dict[str, torch.Tensor]:
     """The weights that a run saved."""
     return AutoModelForCausalLM.from_pretrained(out / "final").state_dict()
+
+
+def checkpoint_names(out: Path) -> list[str]:
+    """The complete checkpoints of a run, oldest first."""
+    return [folder.name for folder in all_checkpoints(out)]
 
 
 def flag_value(flags: list[str], name: str) -> str:
@@ -233,6 +245,9 @@ def check_same_run(one: Path, other: Path, processes: int = 1) -> None:
     for name in ["shared.pt", *(f"rank{rank}.pt" for rank in range(processes))]:
         a, b = (torch.load(out / "checkpoints" / last / name, weights_only=True)
                 for out in (one, other))
+        for state in (a, b):
+            if name == "shared.pt":
+                state["progress"]["totals"].pop("seconds")
         assert same_state(a, b), name
 
 

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train
 from buffer import ReplayBuffer
 from ema import EMA
-from sapo import Pair, pair_logps
+from sapo import Pair, make_pairs, pair_logps
 from support import cli
 from support.models import checkpoint_layers
 from support.optim import learning_rate
@@ -79,9 +79,9 @@ def test_rejected_column_is_ignored(flags, tiny_run, tmp_path):
     _, with_column = run(tiny_run, tmp_path / "a", flags)
     _, without = run(bare, tmp_path / "b", flags)
     assert untimed(tmp_path / "a") == untimed(tmp_path / "b")
-    assert without == {
-        when: {name: value for name, value in result.items() if not name.startswith("data_")}
-        for when, result in with_column.items()}
+    assert [without[when] for when in ("before", "after")] == [
+        {name: value for name, value in with_column[when].items() if not name.startswith("data_")}
+        for when in ("before", "after")]
     assert any(name.startswith("data_") for name in with_column["before"])
     assert same_state(dict(weights(tmp_path / "a")), dict(weights(tmp_path / "b")))
     start = AutoModelForCausalLM.from_pretrained(flag_value(tiny_run, "--model")).state_dict()
@@ -166,6 +166,7 @@ def test_segments_do_not_depend_on_the_batch():
     @contextmanager
     def generating(model):
         yield model, None
+    generating.tokens_written = 0
 
     def pairs(examples, size):
         rngs = [np.random.default_rng([example.example_id]) for example in examples]
@@ -177,6 +178,26 @@ def test_segments_do_not_depend_on_the_batch():
         [n, n] for n in (9, 3, 14, 5, 7)]
     assert together == one_by_one[::-1]
     assert len({pair.start for pair, _ in together}) > 2
+
+
+def test_tails():
+    """y- is A B' C (keep), A B' (drop), or A and all that the model writes after it (rewrite).
+
+    B starts at the same place and, greedy, B' is the same. With rewrite, y- has max_new_tokens
+    tokens where no end token comes, or as many as with drop where that is more.
+    """
+    example = [5, 9], random_ids(np.random.default_rng(1), 20)
+
+    def pair(tail, limit=30):
+        return make_pairs(tiny(), [example], 4, np.random.default_rng(3), eos_token_id=None,
+                          max_new_tokens=limit, temperature=0, tail=tail)[0]
+
+    keep, drop, rewrite, short = pair("keep"), pair("drop"), pair("rewrite"), pair("rewrite", 1)
+    assert 0 < keep.start == drop.start == rewrite.start < keep.stop == drop.stop < 20
+    assert keep.rejected[keep.rejected_stop:] == keep.chosen[keep.stop:]
+    assert drop.rejected == keep.rejected[:keep.rejected_stop] == rewrite.rejected[:keep.stop]
+    assert (rewrite.stop, len(rewrite.rejected), rewrite.rejected_stop) == (20, 30, 30)
+    assert short.rejected == drop.rejected and short.stop == 20
 
 
 # -------------------------------------------------------------------------------------- references

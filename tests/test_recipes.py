@@ -19,8 +19,8 @@ DPO = {"loss": "dpo", "optimizer": "rmsprop", "schedule": "linear", "warmup": 0.
 ORPO = {"loss": "orpo", "lam": 0.05, "optimizer": "adamw", "schedule": "inverse_sqrt",
         "warmup": 100, "lr": [5e-6]}
 SAPO = {"rejected": "ema", "epochs": 4, "segment_len": 256, "buffer_size": 2000, "num_rejected": 1,
-        "ema_decay": 0.5, "ema_every": 2, "temperature": 0.7, "top_k": 50, "top_p": 0.95,
-        "max_grad_norm": 1.0, "drop_long_prompts": False, "batch_size": 64}
+        "tail": "keep", "ema_decay": 0.5, "ema_every": 2, "temperature": 0.7, "top_k": 50,
+        "top_p": 0.95, "max_grad_norm": 1.0, "drop_long_prompts": False, "batch_size": 64}
 SAPO_DPO = SAPO | DPO | {"ref": "ema", "ref_every": 108}
 SAPO_ORPO = SAPO | ORPO | {"nll_on": "response"}
 AUTHORS = {"buffer_size": 16000, "ema_every": 1, "max_grad_norm": 0, "drop_long_prompts": True}
@@ -53,8 +53,8 @@ EXPECTED |= {f"table5-segment-{n}": SAPO_ORPO | {"segment_len": n} for n in (64,
 NEED_NOT_BE_NAMED = {
     "model_revision", "data_revision", "rows", "eval_data", "skip_bad_rows", "out", "overwrite",
     "trust_remote_code", "random_init", "special_tokens_in_prompts", "steps", "compile",
-    "eval_every", "print_every", "tensorboard", "keep", "resume", "max_bad_steps", "threads",
-    "dry_run", "template_date"}
+    "eval_every", "print_every", "tensorboard", "save_pairs", "save_ema", "save_every_epoch",
+    "keep", "resume", "max_bad_steps", "threads", "dry_run", "template_date"}
 ALWAYS = {
     "model", "data", "chat_template", "max_len", "max_prompt_len", "drop_long_prompts", "loss",
     "epochs", "batch_size", "micro_batch", "lr", "optimizer", "schedule", "warmup", "weight_decay",
@@ -62,11 +62,11 @@ ALWAYS = {
     "plan_config", "plan_rows", "plan_processes"}
 WHERE_A_MODEL_WRITES = {
     "segment_len", "num_rejected", "buffer_size", "skip_identical", "temperature", "top_k", "top_p",
-    "segment_eos", "generate_batch"}
+    "segment_eos", "tail", "generate_batch"}
 # setting -> does the method use it
 WHERE_USED = {
     "rejected": lambda s: s.loss != "sft",
-    "max_new_tokens": lambda s: s.generates and not s.segment_len,
+    "max_new_tokens": lambda s: s.generates and (not s.segment_len or s.tail == "rewrite"),
     "ema_decay": lambda s: s.generates and s.rejected == "ema",
     "ema_every": lambda s: s.generates and s.rejected == "ema",
     "iterations": lambda s: s.rejected == "spin",
@@ -75,6 +75,7 @@ WHERE_USED = {
     "beta": lambda s: s.loss == "dpo",
     "label_smoothing": lambda s: s.loss == "dpo",
     "ref": lambda s: s.loss == "dpo" and s.rejected != "spin",
+    "ref_model": lambda s: s.ref_model is not None,
     "ref_every": lambda s: s.ref in ("policy", "ema")}
 
 

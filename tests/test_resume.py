@@ -13,11 +13,13 @@ from conftest import (
     DATA,
     StopAfter,
     check_same_run,
+    checkpoint_names,
     flag_value,
     forked,
     own_buffer,
     quick_command,
     read_records,
+    results,
     run,
     same_state,
     status_of,
@@ -30,7 +32,6 @@ from transformers import AutoTokenizer
 
 import support.report
 import train
-from support.checkpoint import all_checkpoints
 from support.errors import Stopped, UserError
 from support.run_folder import lock_run, new_run_folder
 from support.settings import parse
@@ -49,11 +50,6 @@ def stopped_run(flags: list[str], out: Path, step: int) -> None:
 def resume(out: Path, *more: str) -> None:
     """Go on with a run."""
     train.train(parse(["--resume", str(out), *more]))
-
-
-def checkpoint_names(out: Path) -> list[str]:
-    """The complete checkpoints of a run, oldest first."""
-    return [folder.name for folder in all_checkpoints(out)]
 
 
 # ------------------------------------------------------------------------------------------- exact
@@ -388,6 +384,6 @@ def test_killed_while_closing(moment, tiny_run, tmp_path, monkeypatch, capfd):
         resume(out)
     assert (out / "metrics.jsonl").read_bytes() == records and not (out / "checkpoints").exists()
     _, summary = run(tiny_run, tmp_path / "whole")
-    assert json.loads((out / "summary.json").read_text()) == summary
+    assert results(json.loads((out / "summary.json").read_text())) == results(summary)
     assert same_state(dict(weights(out)), dict(weights(tmp_path / "whole")))
     assert torch.isfinite(next(iter(weights(out).values()))).all()

@@ -1,0 +1,50 @@
+"""SAPO-ORPO with nothing but the modules, transformers and a list of (prompt, answer) strings.
+
+    python examples/minimal.py
+
+OUTPUT
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # where the modules are
+
+import json
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from buffer import ReplayBuffer
+from ema import EMA
+from losses import orpo_loss
+from sapo import make_pairs, pair_logps
+
+policy = AutoModelForCausalLM.from_pretrained("data/model")
+tokenizer = AutoTokenizer.from_pretrained("data/model")
+eos = tokenizer.eos_token_id
+with open("data/train.jsonl", encoding="utf-8") as file:
+    rows = [json.loads(line) for line in file]
+texts = [(tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False),
+          row["chosen"][0]["content"]) for row in rows]                 # (prompt, answer) strings
+examples = [(tokenizer.encode(prompt), [*tokenizer.encode(answer), eos])
+            for prompt, answer in texts]
+
+ema = EMA(policy, decay=0.5, update_every=2)
+buffer, rng = ReplayBuffer(capacity=512), np.random.default_rng(0)
+optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-4)
+for step in range(1, 41):
+    minibatch = [examples[i] for i in rng.integers(len(examples), size=16)]
+    for pair in make_pairs(ema.model, minibatch, segment_len=28, rng=rng, eos_token_id=eos):
+        buffer.add(pair)                # x, A B C and A B' C
+    pairs = buffer.sample(16)           # the least used first
+    chosen_logps, rejected_logps, chosen_nll = pair_logps(policy, pairs, average=True)
+    losses, _, _ = orpo_loss(chosen_logps, rejected_logps, chosen_nll, lam=0.05)
+    optimizer.zero_grad()
+    losses.mean().backward()
+    optimizer.step()
+    ema.update(policy)
+    if step % 10 == 0:
+        print(f"step {step}: loss {losses.mean():.4f}")
+for name, ids in {"x": pair.prompt, "A B C": pair.chosen, "A B' C": pair.rejected}.items():
+    print(f"{name}: {tokenizer.decode(ids)!r}")
