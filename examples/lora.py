@@ -110,11 +110,12 @@ def load_examples(tokenizer) -> list[tuple[list[int], list[int]]]:
     with open("data/train.jsonl", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     return [(tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"],
-             [*tokenizer.encode(row["chosen"][0]["content"]), tokenizer.eos_token_id])
-            for row in rows]
+             [*tokenizer.encode(row["chosen"][0]["content"], add_special_tokens=False),
+              tokenizer.eos_token_id]) for row in rows]
 
 
 def main() -> None:
+    torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained("data/model")
     train(AutoModelForCausalLM.from_pretrained("data/model"), load_examples(tokenizer),
           tokenizer.eos_token_id)
