@@ -1,8 +1,15 @@
-"""SAPO-ORPO with nothing but the modules, transformers and a list of (prompt, answer) strings.
+r"""SAPO-ORPO with nothing but the modules, transformers and a list of (prompt, answer) strings.
 
     python examples/minimal.py
 
-OUTPUT
+Takes about 18 seconds of one core and prints (a batch's loss varies more than 20 steps change it):
+
+    step 10: loss 0.0517
+    step 20: loss 0.1209
+    x: '5, pans 2, bags 6. What is the total?<|im_end|>\n<|im_start|>assistant\n'
+    A: 'keys: 2 * 5 = 10, total 10'
+    B C: '\npans: 2 * 2 = 4, total 14\nbags: 5 * 6 = 30, total 44\nTotal: 44<|im_end|>'
+    B' C: '\npans: 2 * 2 = 4, total 24\nbags: 5 * 6 = 30, total 44\nTotal: 44<|im_end|>'
 """
 import sys
 
@@ -26,9 +33,8 @@ with open("data/train.jsonl", encoding="utf-8") as file:
     rows = [json.loads(line) for line in file]
 texts = [(tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False),
           row["chosen"][0]["content"]) for row in rows]                 # (prompt, answer) strings
-examples = [(tokenizer.encode(prompt, add_special_tokens=False),
-             [*tokenizer.encode(answer, add_special_tokens=False), eos])
-            for prompt, answer in texts]
+examples = [(tokenizer.encode(x, add_special_tokens=False),
+             [*tokenizer.encode(y, add_special_tokens=False), eos]) for x, y in texts]
 
 torch.manual_seed(0)
 ema = EMA(policy, decay=0.5, update_every=2)
@@ -50,6 +56,5 @@ for step in range(1, 21):
 pair = max(pairs, key=lambda pair: pair.chosen != pair.rejected)        # one that is not identical
 print(f"x: {tokenizer.decode(pair.prompt)[-70:]!r}")
 print(f"A: {tokenizer.decode(pair.chosen[:pair.start])!r}")
-print(f"B: {tokenizer.decode(pair.chosen[pair.start:pair.stop])!r}")
-print(f"B': {tokenizer.decode(pair.rejected[pair.start:pair.rejected_stop])!r}")
-print(f"C: {tokenizer.decode(pair.chosen[pair.stop:])!r}")
+print(f"B C: {tokenizer.decode(pair.chosen[pair.start:])!r}")
+print(f"B' C: {tokenizer.decode(pair.rejected[pair.start:])!r}")

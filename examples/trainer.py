@@ -4,7 +4,13 @@
     python examples/trainer.py
     torchrun --nproc_per_node 2 examples/trainer.py
 
-OUTPUT
+Takes about 17 seconds of one core with the second command and prints:
+
+    {'loss': '0.05492', 'grad_norm': '0.6494', 'learning_rate': '0.0001', 'epoch': '0.01597'}
+    {'loss': '0.0667', 'grad_norm': '1.196', 'learning_rate': '0.0001', 'epoch': '0.03195'}
+    {'loss': '0.07046', 'grad_norm': '0.9012', 'learning_rate': '0.0001', 'epoch': '0.04792'}
+    {'loss': '0.06097', 'grad_norm': '0.9041', 'learning_rate': '0.0001', 'epoch': '0.0639'}
+    {'train_runtime': '16.42', ...}
 
 Traps of such a host:
 - Make the EMA model before the Trainer. A host may replace the forward of the model (for mixed

@@ -90,7 +90,9 @@ def test_examples_print_what_their_headers_show(name, tmp_path):
     shown, printed = printed_in_header(name), done.stdout.splitlines()
     assert len(shown) == len(printed), done.stdout
     for line, expected in zip(printed, shown, strict=True):
-        label = r"^\w+.?: "                     # x: A: B: B': C: the text after it was drawn
+        if expected.endswith(", ...}"):                     # cut there in the header
+            line, expected = line.split(",")[0], expected.split(",")[0]
+        label = r"^(x|A|B C|B' C): "                        # the text after it was drawn
         found, wanted = re.match(label, line), re.match(label, expected)
         assert (found and found[0]) == (wanted and wanted[0])
         if not wanted:
