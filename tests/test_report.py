@@ -37,11 +37,8 @@ from test_sapo import tiny
 class Letters:
     """A tokenizer for which id i is the character of that code point; 2 is the end token."""
 
-    def decode(self, ids):
-        return "".join(map(chr, ids)).replace("\x02", "<end>")
-
-    def batch_decode(self, sequences, skip_special_tokens):
-        return ["".join(map(chr, ids)).replace("\x02", "") for ids in sequences]
+    def decode(self, ids, skip_special_tokens=False):
+        return "".join(map(chr, ids)).replace("\x02", "" if skip_special_tokens else "<end>")
 
 
 def letters(text: str) -> list[int]:
