@@ -48,7 +48,7 @@ class Run(NamedTuple):
     @property
     def name(self) -> str:
         """As a person reads it: "habits sapo-dpo lr=0.0001 beta=0.5 seed=3"."""
-        own = METHODS[self.method].flags if self.method in METHODS else {}
+        own = dict(with_shares(METHODS[self.method].flags, self.testbed))
         shown = {name: value for name, value in self.flags
                  if own.get(name) != value and name not in TUNE}
         part = "tune" if dict(self.flags).get("eval_data") == TUNE["eval_data"] else ""
