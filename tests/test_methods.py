@@ -174,6 +174,7 @@ def test_segments_do_not_depend_on_the_batch():
     @contextmanager
     def generating(model):
         yield model, None
+    generating.tokens_written = 0
 
     def pairs(examples, size):
         rngs = [np.random.default_rng([example.example_id]) for example in examples]
