@@ -39,7 +39,6 @@ NOT_RUN = {
     "alpaca_eval": "needs a judge's API",
     "cp mine.jsonl FASTCHAT": "needs FastChat",
     "cd FASTCHAT": "needs FastChat and a judge's API",
-    "python bench/contention.py": "takes minutes, and keeps a core busy that other programs need",
 }
 # What a page writes, and what stands in its place here. The first that fits is taken.
 IN_PLACE = {
