@@ -86,9 +86,10 @@ def test_mistakes_get_a_sentence(flags, words, tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:1] . DefaultCPUAllocator: can't allocate memory: "
-                 "you tried")])
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    pytest.param(MemoryError(), marks=pytest.mark.slow),
+    pytest.param(RuntimeError("[enforce fail at alloc_cpu.cpp:1] . DefaultCPUAllocator: can't "
+                              "allocate memory: you tried"), marks=pytest.mark.slow)])
 def test_out_of_memory_says_what_to_lower(error, tiny_run, tmp_path, monkeypatch, capfd):
     """Memory that runs out, on a GPU or a CPU, ends the run with status 4 and the flags to lower;
     no traceback."""

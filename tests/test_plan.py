@@ -2,12 +2,11 @@
 import json
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import quick_command
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import sapo
@@ -54,19 +53,19 @@ def score(model, pairs):
     return pair_logps(model, pairs, shortcuts=sapo.find_shortcuts(model))
 
 
-def test_a_dry_run_needs_a_configuration_only(tmp_path):
+def test_a_dry_run_needs_a_configuration_only(tmp_path, monkeypatch, capfd):
     """Without weights, data, network or output folder: Llama 3's parameters and the paper's steps.
 
     Tokens are an upper bound: 473 steps of 64 pairs of 2 x 2048 tokens.
     """
-    done = subprocess.run([sys.executable, str(HERE / "train.py"), LLAMA, "--dry_run"],
-                          capture_output=True, text=True, cwd=tmp_path, timeout=280)
-    assert done.returncode == 0 and list(tmp_path.iterdir()) == [], done.stderr
-    assert "8030.26 M parameters" in done.stdout
-    assert f"{math.ceil(7563 * 4 / 64)} of 64 prompts" in done.stdout
+    monkeypatch.chdir(tmp_path)
+    status, out, err = quick_command(LLAMA, "--dry_run", capfd=capfd)
+    assert status == 0 and list(tmp_path.iterdir()) == [], err
+    assert "8030.26 M parameters" in out
+    assert f"{math.ceil(7563 * 4 / 64)} of 64 prompts" in out
     expected = f"{473 * 64 * 4096 / 1e6:.1f} M scored, {473 * 64 * 256 / 1e6:.1f} M written"
-    assert expected in done.stdout
-    assert "micro-batches of 2 pairs; logits in chunks" in done.stdout
+    assert expected in out
+    assert "micro-batches of 2 pairs; logits in chunks" in out
 
 
 def test_sharding_divides_what_stays():
