@@ -78,18 +78,20 @@ def gap(row: Row, a: str, b: str | None = None) -> int:
 
 
 def is_kept(row: Row, draft: str, new: str) -> bool:
-    """Is `new` discernible (better than the draft) and incremental (nearer to it than y* is)?"""
-    return gap(row, new) < gap(row, draft) and gap(row, new, draft) < gap(row, draft)
+    """Is `new` discernible (better than the draft) and incremental (no farther off than y* is)?"""
+    return gap(row, new) < gap(row, draft) and gap(row, new, draft) <= gap(row, draft)
 
 
 def put_right(draft: str, answer: str) -> str:
-    """The draft with its first wrong line as in `answer`.
+    """The answer up to and with the first line that is wrong in the draft; "" if none is.
 
-        draft "1+1=2\\n2+2=5\\nSum 5", answer "1+1=2\\n2+2=4\\nSum 4"  ->  "1+1=2\\n2+2=4\\nSum 5"
+        draft "1+1=2\\n2+2=5\\nSum 5", answer "1+1=2\\n2+2=4\\nSum 4"  ->  "1+1=2\\n2+2=4\\n"
     """
-    lines, right = draft.split("\n"), answer.split("\n")
-    first = next((i for i, (a, b) in enumerate(zip_longest(lines, right)) if a != b), len(right))
-    return "\n".join([*right[:first + 1], *lines[first + 1:]])
+    lines, right = draft.split("\n"), answer.splitlines(keepends=True)
+    for i, line in enumerate(right):
+        if lines[i:i + 1] != [line.rstrip("\n")]:
+            return "".join(right[:i + 1])
+    return ""
 
 
 # ---------------------------------------------------------------------------------- the two roles
@@ -135,7 +137,11 @@ def improver_targets(roles: Roles, rows: list[Row]) -> dict[int, Pair]:
     """Data of stage 1: {number of a row: y~ under the improver's prompt}, where y~ is kept."""
     drafts = [roles.text(response) for response in roles.write([roles.prompt(r) for r in rows])]
     if roles.args.drafts == "lines":
-        improved = [put_right(draft, row.answer) for row, draft in zip(rows, drafts, strict=True)]
+        begun = [put_right(draft, row.answer) for row, draft in zip(rows, drafts, strict=True)]
+        rests = roles.write([roles.prompt(row) + roles.target([], text).chosen[:-1]
+                             for row, text in zip(rows, begun, strict=True)], temperature=0)
+        improved = [text + (roles.text(rest) if text != row.answer else "")
+                    for row, text, rest in zip(rows, begun, rests, strict=True)]
     else:
         asked = [roles.prompt(row, draft, REVISE.format(row.answer))
                  for row, draft in zip(rows, drafts, strict=True)]
