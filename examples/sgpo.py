@@ -1,24 +1,25 @@
 """SGPO, a RECONSTRUCTION FROM THE ABSTRACT of arXiv 2507.20181: the model improves its own answers.
 
     python examples/sgpo.py
-    python examples/sgpo.py --model DIR --data FILE.jsonl --eval_data FILE.jsonl --drafts model
+    python examples/sgpo.py --model DIR --data FILE.jsonl --eval_data FILE.jsonl --revise 1
 
-One model has two roles: as policy it answers x, as improver it answers (x, y, "improve it"). Stage 1
-teaches it the second role. Stage 2 is DPO with y- by the policy and y+ by the improver.
+One model has two roles: as policy it answers x, as improver it answers (x, y, "improve it").
+Stage 1 teaches it the second role. Stage 2 is DPO with y- by the policy and y+ by the improver.
 
-    point              given by the abstract     our choice
-    two roles          one model                 y as the assistant's turn, then the turn IMPROVE
-    data of stage 1    made with the start,      y0: the start's answer to x; y~: y0 with its first
-                       "referencing supervised   wrong line put right as the data's y* has it, or
-                       fine-tuning outputs"      y0 rewritten by the start, which sees y*
-    which y~ are kept  "incremental yet          better than y0, and nearer to y0 than y* is, by
-                       discernible"              edit distance
-    y0 that is right   -                         y~ = y0: the improver leaves it as it is
-    loss of stage 1    -                         -log p(y~ | x, y0) - mu log p(y* | x), token means
-    pairs of stage 2   the policy's answer and   both sampled at one temperature in every step, and
-                       that answer improved      scored under x alone; pairs with y+ = y- left out
-    loss of stage 2    DPO                       reference: the model after stage 1
-    all else           -                         prompts, data, sizes, rates
+    point              given by the abstract    our choice
+    two roles          one model                y as the assistant's turn, then the turn IMPROVE
+    data of stage 1    made with the start,     y0: the start's answer to x; y~: y0 up to its first
+                       "referencing supervised  wrong line, that line as in the data's y*, the rest
+                       fine-tuning outputs"     written by the start; or y0 revised by the start,
+                                                which sees y* (--revise 1)
+    which y~ are kept  "incremental yet         better than y0, and no farther from y0 than y* is,
+                       discernible"             by edit distance
+    y0 that is right   -                        y~ = y0: the improver leaves it as it is
+    loss of stage 1    -                        -log p(y~ | x, y0) - mu log p(y* | x), token means
+    pairs of stage 2   the policy's answer and  both sampled at one temperature in every step and
+                       that answer improved     scored under x alone; pairs with y+ = y- left out
+    loss of stage 2    DPO                      reference: the model after stage 1
+    all else           -                        prompts, data, sizes, rates
 
 A row is a JSON line with the messages `prompt` and `chosen`, and `check` where there is one: a
 regular expression whose matches are the steps of an answer. Uses no support/, and one device.
@@ -28,8 +29,6 @@ import copy
 import json
 import re
 import sys
-from collections import Counter
-from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,8 +53,6 @@ class Row(NamedTuple):
     answer: str
     check: str | None
 
-
-# ------------------------------------------------------------------------ what is an improvement
 
 def edit_distance(a: list, b: list) -> int:
     """Fewest insertions, deletions and replacements of items that turn a into b."""
@@ -94,8 +91,6 @@ def put_right(draft: str, answer: str) -> str:
     return ""
 
 
-# ---------------------------------------------------------------------------------- the two roles
-
 class Roles:
     """The model as policy and as improver. A response is token ids, an answer their text."""
 
@@ -116,12 +111,9 @@ class Roles:
         response = [*ids, self.tokenizer.eos_token_id]
         return Pair(prompt, response, response, len(response))
 
-    def text(self, response: list[int]) -> str:
-        return self.tokenizer.decode(response, skip_special_tokens=True)
-
-    def write(self, prompts: list[list[int]], temperature: float | None = None) -> list[list[int]]:
-        """A response to each prompt. temperature None: that of the settings; 0: greedy."""
-        temperature = self.args.temperature if temperature is None else temperature
+    def write(self, prompts: list[list[int]], greedy: bool = False):
+        """A response to each prompt, and the answers that they are."""
+        temperature = 0 if greedy else self.args.temperature
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         size, responses = self.args.generate_batch, {}
         for batch in (order[first:first + size] for first in range(0, len(order), size)):
@@ -130,57 +122,56 @@ class Roles:
                 eos_token_id=self.tokenizer.eos_token_id, temperature=temperature,
                 generator=self.generator)
             responses |= {i: response for i, (response,) in zip(batch, written, strict=True)}
-        return [responses[i] for i in range(len(prompts))]
+        responses = [responses[i] for i in range(len(prompts))]
+        return responses, self.tokenizer.batch_decode(responses, skip_special_tokens=True)
 
 
-def improver_targets(roles: Roles, rows: list[Row]) -> dict[int, Pair]:
-    """Data of stage 1: {number of a row: y~ under the improver's prompt}, where y~ is kept."""
-    drafts = [roles.text(response) for response in roles.write([roles.prompt(r) for r in rows])]
-    if roles.args.drafts == "lines":
-        begun = [put_right(draft, row.answer) for row, draft in zip(rows, drafts, strict=True)]
-        rests = roles.write([roles.prompt(row) + roles.target([], text).chosen[:-1]
-                             for row, text in zip(rows, begun, strict=True)], temperature=0)
-        improved = [text + (roles.text(rest) if text != row.answer else "")
-                    for row, text, rest in zip(rows, begun, rests, strict=True)]
+def improver_targets(roles: Roles, rows: list[Row]) -> list[Pair | None]:
+    """Data of stage 1: for each row, y~ under the improver's prompt, or None where none is kept."""
+    _, drafts = roles.write([roles.prompt(row) for row in rows])
+    if roles.args.revise:
+        _, improved = roles.write([roles.prompt(row, draft, REVISE.format(row.answer))
+                                   for row, draft in zip(rows, drafts, strict=True)])
     else:
-        asked = [roles.prompt(row, draft, REVISE.format(row.answer))
-                 for row, draft in zip(rows, drafts, strict=True)]
-        improved = [roles.text(response).strip() for response in roles.write(asked)]
-    targets, counts = {}, Counter()
-    for i, (row, draft, new) in enumerate(zip(rows, drafts, improved, strict=True)):
-        right = gap(row, draft) == 0
-        counts["right" if right else "kept" if is_kept(row, draft, new) else "left out"] += 1
-        if right or is_kept(row, draft, new):
-            targets[i] = roles.target(roles.prompt(row, draft), draft if right else new)
-    print(f"drafts y0: {counts['right']} right; of the others, y~ is kept for {counts['kept']} and "
-          f"left out for {counts['left out']}", flush=True)
+        begun = [put_right(draft, row.answer) for row, draft in zip(rows, drafts, strict=True)]
+        _, rests = roles.write([roles.prompt(row) + roles.target([], text).chosen[:-1]
+                                for row, text in zip(rows, begun, strict=True)], greedy=True)
+        improved = [text if text == row.answer else text + rest
+                    for row, text, rest in zip(rows, begun, rests, strict=True)]
+    targets, right = [], 0
+    for row, draft, new in zip(rows, drafts, improved, strict=True):
+        right += (is_right := gap(row, draft) == 0)
+        keep = is_right or is_kept(row, draft, new)
+        targets.append(roles.target(roles.prompt(row, draft), draft if is_right else new)
+                       if keep else None)
+    print(f"y0: {right} of {len(rows)} right; for {len(rows) - targets.count(None) - right} of the "
+          "others, a y~ is kept", flush=True)
     return targets
 
 
-def preference_pairs(roles: Roles, rows: list[Row]) -> list[Pair]:
-    """Pairs of stage 2: y- by the policy, y+ by the improver from y-, under the policy's prompt."""
+def preference_pairs(roles: Roles, rows: list[Row]) -> list[tuple[Pair, int]]:
+    """Pairs of stage 2: y- by the policy, y+ by the improver from y-, under the policy's prompt.
+
+    With each comes by how much y+ is better than y-, which training does not look at.
+    """
     prompts = [roles.prompt(row) for row in rows]
-    rejected = roles.write(prompts)
-    chosen = roles.write([roles.prompt(row, roles.text(response))
-                          for row, response in zip(rows, rejected, strict=True)])
-    starts = [next((i for i, (a, b) in enumerate(zip_longest(y, other)) if a != b), len(y))
-              for y, other in zip(chosen, rejected, strict=True)]
-    return [Pair(*fields) for fields in zip(prompts, chosen, rejected, starts, strict=True)]
+    rejected, drafts = roles.write(prompts)
+    chosen, improved = roles.write([roles.prompt(*both) for both in zip(rows, drafts, strict=True)])
+    gains = [gap(row, draft) - gap(row, new)
+             for row, draft, new in zip(rows, drafts, improved, strict=True)]
+    return [(Pair(x, y, other, 0), gain)
+            for x, y, other, gain in zip(prompts, chosen, rejected, gains, strict=True)]
 
 
-def compare(roles: Roles, rows: list[Row]) -> Counter:
-    """How often y+ is better than y-, worse, as good, or identical."""
-    counts = Counter(better=0, worse=0, equal=0, identical=0)
-    for row, pair in zip(rows, preference_pairs(roles, rows), strict=True):
-        chosen, rejected = gap(row, roles.text(pair.chosen)), gap(row, roles.text(pair.rejected))
-        counts["identical" if pair.chosen == pair.rejected else "better" if chosen < rejected
-               else "worse" if chosen > rejected else "equal"] += 1
-    print(f"y+ beside y- on {len(rows)} held-out prompts: "
-          + ", ".join(f"{count} {kind}" for kind, count in counts.items()), flush=True)
-    return counts
+def evaluate(roles: Roles, rows: list[Row], when: str) -> bool:
+    """Print exact match and how often y+ is better and worse than y-. Is it more often better?"""
+    _, answers = roles.write([roles.prompt(row) for row in rows], greedy=True)
+    right = [gap(row, answer) == 0 for row, answer in zip(rows, answers, strict=True)]
+    signs = [np.sign(gain) for _, gain in preference_pairs(roles, rows)]
+    print(f"{when}: exact match {np.mean(right):.3f}; of {len(rows)} pairs, y+ is better than y- "
+          f"in {signs.count(1)} and worse in {signs.count(-1)}", flush=True)
+    return sum(signs) > 0
 
-
-# --------------------------------------------------------------------------------------- training
 
 def train(args, model, steps: int, lr: float, batch_of, losses_of) -> None:
     """`steps` optimizer steps with a warm-up and a linear decay of the learning rate.
@@ -204,12 +195,20 @@ def train(args, model, steps: int, lr: float, batch_of, losses_of) -> None:
             print(f"  step {step}: loss {loss:.4f}", flush=True)
 
 
+def read_rows(path: str, roles: Roles) -> list[Row]:
+    """The rows of a file of JSON lines that are short enough."""
+    rows = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
+    rows = [Row(row["prompt"], row["chosen"][-1]["content"], row.get("check")) for row in rows]
+    return [row for row in rows if len(roles.prompt(row)) <= roles.args.max_prompt_len
+            and len(roles.target([], row.answer).chosen) <= roles.args.max_new_tokens]
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     for name, default in {
             "model": f"{ROOT}/data/model", "data": f"{ROOT}/data/train.jsonl", "rows_from": 2500,
-            "eval_data": f"{ROOT}/data/heldout.jsonl", "eval_rows": 500, "drafts": "lines",
-            "improver_steps": 200, "improver_lr": 1e-3, "mu": 1.0, "dpo_steps": 200, "dpo_lr": 2e-5,
+            "eval_data": f"{ROOT}/data/heldout.jsonl", "eval_rows": 500, "revise": 0,
+            "improver_steps": 100, "improver_lr": 1e-3, "mu": 1.0, "dpo_steps": 100, "dpo_lr": 2e-5,
             "beta": 0.5, "batch_size": 32, "micro_batch": 32, "generate_batch": 256,
             "temperature": 1.0, "max_prompt_len": 160, "max_new_tokens": 80, "print_every": 50,
             "threads": 1, "seed": 0, "out": "", "anyway": 0}.items():
@@ -219,62 +218,44 @@ def main(argv: list[str] | None = None) -> None:
     rng = np.random.default_rng(args.seed)
     try:
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-        roles, parts = Roles(args, model, AutoTokenizer.from_pretrained(args.model)), []
-        for path in (args.data, args.eval_data):
-            found = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
-            found = [Row(row["prompt"], row["chosen"][-1]["content"], row.get("check"))
-                     for row in found]
-            parts.append([row for row in found if len(roles.prompt(row)) <= args.max_prompt_len
-                          and len(roles.target([0], row.answer).chosen) <= args.max_new_tokens])
-        rows, held_out = parts[0][args.rows_from:], parts[1][:args.eval_rows]
+        roles = Roles(args, model, AutoTokenizer.from_pretrained(args.model))
+        rows = read_rows(args.data, roles)[args.rows_from:]
+        held_out = read_rows(args.eval_data, roles)[:args.eval_rows]
         rows[0], held_out[0]
     except (OSError, ValueError, LookupError, TypeError) as error:
         sys.exit(f"no start from this model and these rows: {type(error).__name__}: {error}")
     shortcuts = find_shortcuts(model)
 
-    def logps(scored, pairs):
-        return pair_logps(scored, pairs, shortcuts=shortcuts)
-
-    def minibatch():
-        return rng.choice(len(rows), min(args.batch_size, len(rows)), replace=False)
-
-    def exact_match(when: str) -> None:
-        written = roles.write([roles.prompt(row) for row in held_out], temperature=0)
-        right = [gap(row, roles.text(y)) == 0 for row, y in zip(held_out, written, strict=True)]
-        print(f"{when}: exact match {np.mean(right):.4f}", flush=True)
+    def minibatch() -> list[int]:
+        return rng.choice(len(rows), min(args.batch_size, len(rows)), replace=False).tolist()
 
     def stage_1_batch():
         drawn = minibatch()
-        improved = [targets[i] for i in drawn if i in targets]
-        plain = [roles.target(roles.prompt(rows[i]), rows[i].answer) for i in drawn]
-        return ([(pair, 1 / len(improved)) for pair in improved]
-                + [(pair, args.mu / len(plain)) for pair in plain])
+        policy = [roles.target(roles.prompt(rows[i]), rows[i].answer) for i in drawn]
+        return ([(targets[i], 1 / len(drawn)) for i in drawn if targets[i]]
+                + [(pair, args.mu / len(drawn)) for pair in policy])
 
     def stage_2_batch():
-        pairs = [pair for pair in preference_pairs(roles, [rows[i] for i in minibatch()])
+        pairs = [pair for pair, _ in preference_pairs(roles, [rows[i] for i in minibatch()])
                  if pair.chosen != pair.rejected]
         return [(pair, 1 / len(pairs)) for pair in pairs]
 
     def dpo_losses(pairs):
-        policy = logps(model, pairs)
+        policy = pair_logps(model, pairs, shortcuts=shortcuts)
         with torch.no_grad():
-            fixed = logps(reference, pairs)
+            fixed = pair_logps(reference, pairs, shortcuts=shortcuts)
         return dpo_loss(*policy[:2], *fixed[:2], beta=args.beta)[0]
 
-    exact_match("start")
+    evaluate(roles, held_out, "start")
     targets = improver_targets(roles, rows)
     train(args, model, args.improver_steps, args.improver_lr, stage_1_batch,
-          lambda pairs: logps(model, pairs).chosen_nll)
-    exact_match("after stage 1")
-    counts = compare(roles, held_out)
-    if counts["better"] <= counts["worse"] and not args.anyway:
-        print("y+ is not better than y- more often than worse: DPO has no signal here, so this is "
-              "the end; --anyway 1 goes on")
-    else:
+          lambda pairs: pair_logps(model, pairs, shortcuts=shortcuts).chosen_nll)
+    if evaluate(roles, held_out, "after stage 1") or args.anyway:
         reference = copy.deepcopy(model).requires_grad_(False)
         train(args, model, args.dpo_steps, args.dpo_lr, stage_2_batch, dpo_losses)
-        exact_match("after stage 2")
-        compare(roles, held_out)
+        evaluate(roles, held_out, "after stage 2")
+    else:
+        print("y+ is not better than y-: stage 2 has no signal; --anyway 1 goes on all the same")
     if args.out:
         model.save_pretrained(args.out)
         roles.tokenizer.save_pretrained(args.out)
