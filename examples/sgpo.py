@@ -6,31 +6,31 @@
 One model has two roles: as policy it answers x, as improver it answers (x, y, "improve it").
 Stage 1 teaches it the second role. Stage 2 is DPO with y- by the policy and y+ by the improver.
 
-    point              given by the abstract    our choice
-    two roles          one model                y as the assistant's turn, then the turn IMPROVE
-    data of stage 1    made with the start,     y0: the start's answer to x; y~: y0 up to its first
-                       "referencing supervised  wrong line, that line as in the data's y*, the rest
-                       fine-tuning outputs"     written by the start; or y0 revised by the start,
-                                                which sees y* (--revise 1)
-    which y~ are kept  "incremental yet         better than y0, and no farther from y0 than y* is,
-                       discernible"             by edit distance
-    y0 that is right   -                        y~ = y0: the improver leaves it as it is
-    loss of stage 1    -                        -log p(y~ | x, y0) - mu log p(y* | x), token means
-    pairs of stage 2   the policy's answer and  both sampled at one temperature in every step and
-                       that answer improved     scored under x alone; pairs with y+ = y- left out
-    loss of stage 2    DPO                      reference: the model after stage 1
-    all else           -                        prompts, data, sizes, rates
+    point             given by the abstract     our choice
+    two roles         one model                 y as the assistant's turn, then the turn IMPROVE
+    data of stage 1   made with the start,      y0: the start's answer to x. y~: y0 up to its first
+                      "referencing supervised   wrong line, that line as in the data's y*, the rest
+                      fine-tuning outputs"      by the start; or (--revise 1) y0 revised by the
+                                                start, which sees y*
+    which y~          "incremental yet          better than y0 and no farther from y0 than y* is, by
+                      discernible"              edit distance; a right y0 is its own y~
+    loss of stage 1   -                         -log p(y~|x, y0) - mu log p(y*|x), means per token
+    pairs of stage 2  the policy's answer, and  both sampled at one temperature in every step,
+                      that answer improved      scored under x alone; pairs with y+ = y- left out
+    loss of stage 2   DPO                       reference: the model after stage 1
 
+RESULT
 A row is a JSON line with the messages `prompt` and `chosen`, and `check` where there is one: a
 regular expression whose matches are the steps of an answer. Uses no support/, and one device.
 """
 import argparse
 import copy
+import functools
 import json
 import re
 import sys
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,36 +47,32 @@ REVISE = ("Here is a better answer:\n\n{}\n\nMake your own answer slightly bette
           "one only to see what to fix. Write your new answer and nothing else.")
 
 
-class Row(NamedTuple):
-    """A prompt x (messages), the data's answer y* as text, and its check (None: there is none)."""
-    messages: list[dict]
-    answer: str
-    check: str | None
+Row = namedtuple("Row", "messages answer check")    # x, the text of y*, a check or None
 
 
 def edit_distance(a: list, b: list) -> int:
     """Fewest insertions, deletions and replacements of items that turn a into b."""
-    distances = list(range(len(b) + 1))                     # from a[:i] to each b[:j]
+    above = list(range(len(b) + 1))                         # from a[:i - 1] to each b[:j]
     for i, x in enumerate(a, 1):
-        before, distances[0] = distances[0], i              # before: from a[:i - 1] to b[:j - 1]
+        row = [i]                                           # from a[:i] to each b[:j]
         for j, y in enumerate(b, 1):
-            shortest = min(before + (x != y), distances[j] + 1, distances[j - 1] + 1)
-            before, distances[j] = distances[j], shortest
-    return distances[-1]
+            row.append(min(above[j - 1] + (x != y), above[j] + 1, row[-1] + 1))
+        above = row
+    return above[-1]
 
 
 def gap(row: Row, a: str, b: str | None = None) -> int:
     """Edit distance of answers a and b (None: y*), in the check's matches; without one, in words.
-
-    Of two answers, the one with the smaller gap to y* is better; gap 0 is right.
-    """
+    The better answer is the one with the smaller gap to y*."""
     texts = (a, row.answer if b is None else b)
     return edit_distance(*(re.findall(row.check or r"\S+", text) for text in texts))
 
 
-def is_kept(row: Row, draft: str, new: str) -> bool:
-    """Is `new` discernible (better than the draft) and incremental (no farther off than y* is)?"""
-    return gap(row, new) < gap(row, draft) and gap(row, new, draft) <= gap(row, draft)
+def step_up(row: Row, draft: str, new: str) -> str | None:
+    """y~: `new` where it is better than the draft (discernible) and no farther from it than y* is
+    (incremental); the draft where that is right; otherwise None."""
+    kept = gap(row, new) < gap(row, draft) and gap(row, new, draft) <= gap(row, draft)
+    return draft if gap(row, draft) == 0 else new if kept else None
 
 
 def put_right(draft: str, answer: str) -> str:
@@ -84,11 +80,9 @@ def put_right(draft: str, answer: str) -> str:
 
         draft "1+1=2\\n2+2=5\\nSum 5", answer "1+1=2\\n2+2=4\\nSum 4"  ->  "1+1=2\\n2+2=4\\n"
     """
-    lines, right = draft.split("\n"), answer.splitlines(keepends=True)
-    for i, line in enumerate(right):
-        if lines[i:i + 1] != [line.rstrip("\n")]:
-            return "".join(right[:i + 1])
-    return ""
+    lines, right = draft.split("\n"), answer.split("\n")
+    first = next((i for i, line in enumerate(right) if lines[i:i + 1] != [line]), -1)
+    return "".join(f"{line}\n" for line in right[:first + 1])
 
 
 class Roles:
@@ -136,31 +130,23 @@ def improver_targets(roles: Roles, rows: list[Row]) -> list[Pair | None]:
         begun = [put_right(draft, row.answer) for row, draft in zip(rows, drafts, strict=True)]
         _, rests = roles.write([roles.prompt(row) + roles.target([], text).chosen[:-1]
                                 for row, text in zip(rows, begun, strict=True)], greedy=True)
-        improved = [text if text == row.answer else text + rest
+        # Behind the last line of y* there is no rest.
+        improved = [row.answer if text == f"{row.answer}\n" else text + rest
                     for row, text, rest in zip(rows, begun, rests, strict=True)]
-    targets, right = [], 0
-    for row, draft, new in zip(rows, drafts, improved, strict=True):
-        right += (is_right := gap(row, draft) == 0)
-        keep = is_right or is_kept(row, draft, new)
-        targets.append(roles.target(roles.prompt(row, draft), draft if is_right else new)
-                       if keep else None)
-    print(f"y0: {right} of {len(rows)} right; for {len(rows) - targets.count(None) - right} of the "
-          "others, a y~ is kept", flush=True)
-    return targets
+    kept = [step_up(*three) for three in zip(rows, drafts, improved, strict=True)]
+    print(f"y~ kept: {len(rows) - kept.count(None)} of {len(rows)}", flush=True)
+    return [text and roles.target(roles.prompt(row, draft), text)
+            for row, draft, text in zip(rows, drafts, kept, strict=True)]
 
 
 def preference_pairs(roles: Roles, rows: list[Row]) -> list[tuple[Pair, int]]:
     """Pairs of stage 2: y- by the policy, y+ by the improver from y-, under the policy's prompt.
-
-    With each comes by how much y+ is better than y-, which training does not look at.
-    """
+    With each comes by how much y+ is better than y-, which training does not look at."""
     prompts = [roles.prompt(row) for row in rows]
     rejected, drafts = roles.write(prompts)
     chosen, improved = roles.write([roles.prompt(*both) for both in zip(rows, drafts, strict=True)])
-    gains = [gap(row, draft) - gap(row, new)
-             for row, draft, new in zip(rows, drafts, improved, strict=True)]
-    return [(Pair(x, y, other, 0), gain)
-            for x, y, other, gain in zip(prompts, chosen, rejected, gains, strict=True)]
+    return [(Pair(x, y, other, 0), gap(row, draft) - gap(row, new)) for row, x, y, other, new, draft
+            in zip(rows, prompts, chosen, rejected, improved, drafts, strict=True)]
 
 
 def evaluate(roles: Roles, rows: list[Row], when: str) -> bool:
@@ -175,9 +161,7 @@ def evaluate(roles: Roles, rows: list[Row], when: str) -> bool:
 
 def train(args, model, steps: int, lr: float, batch_of, losses_of) -> None:
     """`steps` optimizer steps with a warm-up and a linear decay of the learning rate.
-
-    batch_of(): [(pair, weight)], and losses_of(pairs): (pairs,). The loss is the weighted sum.
-    """
+    batch_of(): [(pair, weight)], and losses_of(pairs): (pairs,). The loss is the weighted sum."""
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     for step in range(1, steps + 1):
         share = min(step / max(1, steps // 10), (steps + 1 - step) / steps)
@@ -197,8 +181,9 @@ def train(args, model, steps: int, lr: float, batch_of, losses_of) -> None:
 
 def read_rows(path: str, roles: Roles) -> list[Row]:
     """The rows of a file of JSON lines that are short enough."""
-    rows = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
-    rows = [Row(row["prompt"], row["chosen"][-1]["content"], row.get("check")) for row in rows]
+    with open(path, encoding="utf-8") as file:
+        rows = [Row(row["prompt"], row["chosen"][-1]["content"], row.get("check"))
+                for row in map(json.loads, file)]
     return [row for row in rows if len(roles.prompt(row)) <= roles.args.max_prompt_len
             and len(roles.target([], row.answer).chosen) <= roles.args.max_new_tokens]
 
@@ -224,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
         rows[0], held_out[0]
     except (OSError, ValueError, LookupError, TypeError) as error:
         sys.exit(f"no start from this model and these rows: {type(error).__name__}: {error}")
-    shortcuts = find_shortcuts(model)
+    score = functools.partial(pair_logps, shortcuts=find_shortcuts(model))
 
     def minibatch() -> list[int]:
         return rng.choice(len(rows), min(args.batch_size, len(rows)), replace=False).tolist()
@@ -241,15 +226,14 @@ def main(argv: list[str] | None = None) -> None:
         return [(pair, 1 / len(pairs)) for pair in pairs]
 
     def dpo_losses(pairs):
-        policy = pair_logps(model, pairs, shortcuts=shortcuts)
         with torch.no_grad():
-            fixed = pair_logps(reference, pairs, shortcuts=shortcuts)
-        return dpo_loss(*policy[:2], *fixed[:2], beta=args.beta)[0]
+            fixed = score(reference, pairs)
+        return dpo_loss(*score(model, pairs)[:2], *fixed[:2], beta=args.beta)[0]
 
     evaluate(roles, held_out, "start")
     targets = improver_targets(roles, rows)
     train(args, model, args.improver_steps, args.improver_lr, stage_1_batch,
-          lambda pairs: pair_logps(model, pairs, shortcuts=shortcuts).chosen_nll)
+          lambda pairs: score(model, pairs).chosen_nll)
     if evaluate(roles, held_out, "after stage 1") or args.anyway:
         reference = copy.deepcopy(model).requires_grad_(False)
         train(args, model, args.dpo_steps, args.dpo_lr, stage_2_batch, dpo_losses)
