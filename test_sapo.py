@@ -322,51 +322,51 @@ def test_splice_worked_examples():
     assert splice((1, 2, 3), 0, 1, (9,), 0) == [9, 2, 3]
 
 
+MODEL = tiny()
 IDS = st.lists(st.integers(0, 9), min_size=1, max_size=12)
 
 
 @settings(max_examples=120, deadline=None)
 @given(rows=st.lists(st.tuples(IDS, IDS), min_size=1, max_size=5), end=st.integers(0, 9),
-       segment_len=st.integers(0, 6), num_rejected=st.integers(1, 3),
-       segment_eos=st.sampled_from(["stop", "forbid"]), seed=st.integers(0, 99))
-def test_pairs_always_hold_together(rows, end, segment_len, num_rejected, segment_eos, seed):
+       segment_len=st.integers(0, 6), k=st.integers(1, 3), seed=st.integers(0, 99),
+       eos=st.sampled_from(["stop", "forbid"]), tail=st.sampled_from(["keep", "drop", "rewrite"]))
+def test_pairs_always_hold_together(rows, end, segment_len, k, seed, eos, tail):
     """Whatever the lengths and the end token: y+ = A B C and y- = A B' C, to the token.
 
-    C is missing only where B' ends with an end token; y- has at most one, as its last token. B'
-    is no longer than B. Every example gets num_rejected pairs of one segment, in their order.
+    C is missing only with tail="drop" or where B' ends with an end token, which can only be y-'s
+    last. B' is no longer than B; with tail="rewrite" B reaches to the end of y+, and y- may have
+    max_new_tokens. Every example gets k pairs of one segment, in their order.
     """
     examples = [sapo.Example(prompt, [t for t in chosen[:-1] if t != end] + chosen[-1:], 10 + i)
                 for i, (prompt, chosen) in enumerate(rows)]
     pairs = make_pairs(MODEL, examples, segment_len, np.random.default_rng(seed), eos_token_id=end,
-                       num_rejected=num_rejected, max_new_tokens=4, segment_eos=segment_eos, step=7,
+                       num_rejected=k, max_new_tokens=4, segment_eos=eos, tail=tail, step=7,
                        temperature=1.0, top_k=9, generator=torch.Generator().manual_seed(seed))
-    expected = [example for example in examples for _ in range(num_rejected)]
-    for pair, (prompt, chosen, example_id) in zip(pairs, expected, strict=True):
-        assert (pair.prompt, pair.chosen, pair.example_id) == (prompt, chosen, example_id)
-        assert pair.step == 7
+    assert [(pair.prompt, pair.chosen, pair.example_id, pair.step) for pair in pairs] == [
+        (*example, 7) for example in examples for _ in range(k)]
+    for chosen, pair in ((pair.chosen, pair) for pair in pairs):
         a, b, c = chosen[:pair.start], chosen[pair.start:pair.stop], chosen[pair.stop:]
         written = pair.rejected[pair.start:pair.rejected_stop]
-        assert len(b) == (min(segment_len, len(chosen)) if segment_len else len(chosen))
-        assert 1 <= len(written) <= (len(b) if segment_len else 4)
+        segment = min(segment_len or len(chosen), len(chosen))
+        assert len(b) >= segment and (not c if tail == "rewrite" else len(b) == segment)
+        limit = max(segment, 4 - len(a) if tail == "rewrite" else 0) if segment_len else 4
         ended = written[-1] == end
-        assert pair.rejected == a + written + ([] if ended else c)
-        assert ended or len(written) == (len(b) if segment_len else 4)
+        assert pair.rejected == a + written + ([] if ended or tail == "drop" else c)
+        assert 1 <= len(written) <= limit and (ended or len(written) == limit)
         assert end not in pair.rejected[:-1]
-        assert not (ended and c and segment_eos == "forbid")
+        assert not (ended and c and eos == "forbid")
     starts = [pair.start for pair in pairs]
-    assert starts == [start for start in starts[::num_rejected] for _ in range(num_rejected)]
-
-
-MODEL = tiny()
+    assert starts == [start for start in starts[::k] for _ in range(k)]
 
 
 def test_make_pairs_accepts_and_refuses():
-    """Plain (prompt, chosen) tuples will do; an empty response is refused."""
+    """Plain (prompt, chosen) tuples will do; an empty response and another tail are refused."""
     rng = np.random.default_rng(0)
     assert make_pairs(MODEL, [([5], [6, 7])], 4, rng, eos_token_id=2)[0].example_id == -1
     assert make_pairs(MODEL, [], 4, rng, eos_token_id=2) == []
-    with pytest.raises(ValueError, match="response_len"):
-        make_pairs(MODEL, [([5], [])], 4, rng, eos_token_id=2)
+    for chosen, tail, words in (([], "keep", "response_len"), ([6], "cut", "tail must be")):
+        with pytest.raises(ValueError, match=words):
+            make_pairs(MODEL, [([5], chosen)], 4, rng, eos_token_id=2, tail=tail)
 
 
 # --------------------------------------------------------------------------------------- generation

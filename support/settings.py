@@ -84,7 +84,7 @@ class Settings:
     buffer_size: int = setting(
         None, "pairs in the replay buffer, over all processes; 0: train on the newest pairs only "
         "(none: 2000 with --rejected ema or policy, otherwise 0)", low=0)
-    skip_identical: bool = setting(False, "leave out pairs in which B' equals B")
+    skip_identical: bool = setting(False, "leave out pairs whose two responses are equal")
     beta: float = setting(
         None, "DPO: strength of the pull towards the reference (none: 0.1)", several=True)
     label_smoothing: float = setting(
@@ -112,10 +112,15 @@ class Settings:
         0.95, "sample among the most likely tokens that together have this probability", low=0,
         high=1)
     max_new_tokens: int = setting(
-        256, "most tokens of a response that is written whole, in training and evaluation", low=1)
+        256, "most tokens of a response that is written whole, in training and evaluation; with "
+        "--tail rewrite, of a rejected response", low=1)
     segment_eos: str = setting(
-        "stop", "an end token in B' ends the response (stop), or is never produced there (forbid)",
-        ["stop", "forbid"])
+        "stop", "an end token in B' ends the response (stop), or is never produced there unless B "
+        "ends the response (forbid)", ["stop", "forbid"])
+    tail: str = setting(
+        "keep", "the rejected response is A B' C (keep: Eq. 5), A B' (drop), or A and then "
+        "everything after it written anew, until an end token or --max_new_tokens (rewrite)",
+        ["keep", "drop", "rewrite"])
     # optimization
     epochs: float = setting(4.0, "passes over the data (SPIN: per round)")
     steps: int = setting(None, "optimizer steps in total; overrides --epochs", low=1)
@@ -162,6 +167,14 @@ class Settings:
     tensorboard: bool = setting(
         False, "also write the metrics for TensorBoard, into the output folder (needs the "
         "tensorboard package)")
+    save_pairs: bool = setting(
+        False, "write every new pair to pairs.jsonl in the output folder: text, token ids, and "
+        "log-probabilities under the model that training starts from, which stays in memory for "
+        "this")
+    save_ema: bool = setting(False, "at the end, save the EMA model, too, as final-ema/")
+    save_every_epoch: bool = setting(
+        False, "save the policy after every epoch as epochs/1, epochs/2, ... (SPIN: counted over "
+        "all rounds; the last epoch of a round ends with the round)")
     # surviving
     save_every: int = setting(
         0, "steps between checkpoints; 0: write one only when a signal ends the run", low=0)
@@ -187,6 +200,11 @@ class Settings:
     def generates(self) -> bool:
         """Does a model write the rejected responses?"""
         return self.loss != "sft" and self.rejected != "data"
+
+    @property
+    def needs_ema(self) -> bool:
+        """Is there an EMA model? It writes the rejected responses or is DPO's reference."""
+        return (self.generates and self.rejected == "ema") or self.ref == "ema"
 
 
 def parse(argv: list[str]) -> Settings:
@@ -218,7 +236,8 @@ CHANGEABLE = {
     "print_every", "tensorboard", "compile", "grad_checkpoint", "shard", "micro_batch",
     "generate_batch", "steps", "epochs", "lr", "schedule", "warmup", "max_grad_norm",
     "trust_remote_code", "dry_run", "plan_config", "plan_rows", "plan_processes", "beta", "lam",
-    "label_smoothing", "temperature", "top_k", "top_p", "ema_decay", "ema_every", "ref_every"}
+    "label_smoothing", "temperature", "top_k", "top_p", "ema_decay", "ema_every", "ref_every",
+    "save_pairs", "save_ema", "save_every_epoch"}
 
 
 # Settings that may name a place on this machine.
@@ -366,7 +385,9 @@ def resolve(s: Settings, explicit: set[str]) -> Settings:
     """
     def refuse(flag, when, why):
         if when and flag in explicit and getattr(s, flag) not in (None, 0):
-            raise UserError(f"--{flag} {getattr(s, flag)} makes no sense with {why}")
+            given = getattr(s, flag)
+            flag = f"--{flag}" if given is True else f"--{flag} {given}"
+            raise UserError(f"{flag} makes no sense with {why}")
 
     spin = s.rejected == "spin" and s.loss != "sft"
     refuse("rejected", s.loss == "sft" and s.rejected != "data",
@@ -378,12 +399,18 @@ def resolve(s: Settings, explicit: set[str]) -> Settings:
            "--rejected spin, which writes all responses at the start of a round")
     refuse("num_rejected", not s.generates and s.num_rejected > 1,
            "--loss sft or --rejected data, which generate nothing")
+    refuse("tail", not s.generates and s.tail != "keep",
+           "--loss sft or --rejected data, which generate nothing")
+    refuse("segment_eos", s.tail == "rewrite" and s.segment_eos == "forbid",
+           "--tail rewrite: B' reaches to the end of the response")
     refuse("iterations", not spin and s.iterations != 1, "anything but --rejected spin")
     refuse("ref", s.loss != "dpo", f"--loss {s.loss}, which needs no reference model")
     refuse("ref", spin, "--rejected spin: the reference is the policy at the start of the round")
 
     if spin and "segment_len" not in explicit:
         s.segment_len = 0           # SPIN writes whole responses
+    refuse("tail", not s.segment_len and s.tail != "keep",
+           "--segment_len 0: a response that is written whole has no part after the segment")
     s.iterations = (s.iterations or 4) if spin else 1
     if not s.generates or spin:
         s.buffer_size = 0
@@ -396,6 +423,9 @@ def resolve(s: Settings, explicit: set[str]) -> Settings:
     if s.ref_model is not None and s.ref != "fixed":
         raise UserError(f"--ref_model {s.ref_model} needs --loss dpo --ref fixed: every other "
                         "reference comes from the policy")
+    refuse("save_pairs", not s.generates,
+           "--loss sft or --rejected data, which generate nothing")
+    refuse("save_ema", not s.needs_ema, f"{run_label(s)}, which has no EMA model")
     for name, default in (("lr", {"orpo": 5e-6, "dpo": 5e-7, "sft": 2e-5}[s.loss]), ("beta", 0.1)):
         value = getattr(s, name)
         value = [default] if value is None else value if isinstance(value, list) else [value]

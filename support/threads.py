@@ -2,14 +2,16 @@
 
 torch's threads meet at the end of every operation. GNU OpenMP lets the one that waits spin; when
 another program takes a core, the spinning takes the time that the late thread needs, and everything
-becomes several times slower. A bounded number of spins puts the waiting thread to sleep soon.
-docs/speed.md says what is known of it.
+becomes several times slower. After a thousand spins the waiting thread goes to sleep instead: the
+table in docs/speed.md, "Threads", shows what other numbers cost.
 """
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def described() -> str:
     """What is in force, for printed headers."""
-    return f"GOMP_SPINCOUNT={os.environ['GOMP_SPINCOUNT']}"
+    return ", ".join(f"{name}={os.environ[name]}" for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+                     if name in os.environ)
