@@ -18,8 +18,8 @@ Stage 1 teaches it the second role. Stage 2 is DPO with y- by the policy and y+ 
     pairs of stage 2  the policy's answer, and  both sampled at one temperature in every step,
                       that answer improved      scored under x alone; pairs with y+ = y- left out
     loss of stage 2   DPO                       reference: the model after stage 1
+    all else          -                         prompts, data, sizes, rates
 
-RESULT
 A row is a JSON line with the messages `prompt` and `chosen`, and `check` where there is one: a
 regular expression whose matches are the steps of an answer. Uses no support/, and one device.
 """
