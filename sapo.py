@@ -7,7 +7,7 @@
     pair_logps          log-probabilities of y+ and y-                      for Eq. 1 and 3
     find_shortcuts, check_generation: what a given model can do (read last)
 
-First reading: "segments and pairs", generate_segments, pair_logps and plain_pair_logps, some 250
+First reading: "segments and pairs", generate_segments, and pair_logps to labels_from, some 260
 lines. Second: how a KV cache is written (prefill, decode), and how pairs are scored with less work.
 
 Everything is token ids; nothing is decoded and tokenized again. x is the prompt, y+ = A B C the
@@ -45,7 +45,10 @@ except ImportError:
     from losses import sequence_logps, token_logps
 
 class Example(NamedTuple):
-    """A prompt and its chosen response as token ids. example_id: its place in the data."""
+    """A prompt and its chosen response as token ids, the end token included if there is one.
+
+    example_id: its place in the data.
+    """
     prompt: list[int]
     chosen: list[int]
     example_id: int = -1
@@ -119,8 +122,8 @@ def make_pairs(model, examples: Sequence[Example], segment_len: int,
     segment_eos: "stop" ends y- at an end token in B'; "forbid" bans end tokens in B' where the
     chosen response goes on after B.
     tail: "keep" makes y- = A B' C (Eq. 5); "drop" makes y- = A B'; "rewrite" lets B reach to the
-    end of the response, so that C is empty: y- is A and then what the model writes, until an end
-    token or until y- has max_new_tokens tokens, and at least as many as a segment has.
+    end of the response, so that C is empty: B' ends with an end token, or with the last of
+    max_new_tokens - len(A) tokens (of as many as a segment has, where that is more).
     sampling: temperature, top_k, top_p, generator and decode_step of generate_segments.
     Returns num_rejected pairs per example, in the order of the examples. Raises ValueError on an
     empty response, on another value of segment_eos or tail, and where generate_segments does.
@@ -133,17 +136,18 @@ def make_pairs(model, examples: Sequence[Example], segment_len: int,
     examples = [Example(as_ids(prompt, "prompt"), as_ids(chosen, "chosen"), example_id)
                 for prompt, chosen, example_id in examples]
     rngs = one_each(rng, examples, "rng")
-    whole_limits = one_each(max_new_tokens, examples, "max_new_tokens")
+    response_limits = one_each(max_new_tokens, examples, "max_new_tokens")
     spans, prefixes, limits, forbid_eos = [], [], [], []
-    for (prompt, chosen, _), example_rng, limit in zip(examples, rngs, whole_limits, strict=True):
+    for (prompt, chosen, _), example_rng, response_limit in zip(
+            examples, rngs, response_limits, strict=True):
         start, stop = choose_segment(                                                   # line 8
             len(chosen), segment_len or len(chosen), example_rng)
-        new_tokens = stop - start if segment_len else limit
-        if tail == "rewrite":
-            new_tokens, stop = max(new_tokens, limit - start), len(chosen)
+        segment_limit = stop - start if segment_len else response_limit
+        if tail == "rewrite":           # B reaches to the end of the response
+            stop, segment_limit = len(chosen), max(segment_limit, response_limit - start)
         spans.append((start, stop))
         prefixes.append([*prompt, *chosen[:start]])                     # x A
-        limits.append(new_tokens)
+        limits.append(segment_limit)
         forbid_eos.append(segment_eos == "forbid" and stop < len(chosen))
     segments = generate_segments(                                                       # line 9
         model, prefixes, limits, eos_token_id=eos_token_id, num_return=num_rejected,
@@ -224,7 +228,7 @@ class KVCache:
     def write_prefixes(self, slots: Sequence[int]) -> "CacheWriter":
         """For a forward pass over whole prefixes, which attend to themselves alone."""
         def write(layers: dict[int, Tensor], layer: int, new: Tensor) -> Tensor:
-            if layer not in layers:     # not empty: NaN in a masked column is NaN after 0 * NaN
+            if layer not in layers:     # zeros: NaN in a masked column would get past (0 * NaN)
                 layers[layer] = new.new_zeros(
                     self.slots, new.shape[1], self.capacity, new.shape[3])
             layers[layer][slots, :, :new.shape[2]] = new
@@ -294,7 +298,11 @@ def decode(model, decode_step: Callable, cache: KVCache, prefixes: list[list[int
            choose: Callable) -> list[list[int]]:
     """Write up to limits[i] tokens after prefixes[i], which slot i of the cache holds.
 
-    choose: logits (slots, V) -> tokens (slots,). Returns a list of tokens per prefix.
+    choose: logits (slots, V) -> tokens (slots,). Returns a list of tokens per prefix. A round reads
+    one token per slot and gives the next one; the last token of a response is never read.
+
+        prefixes of 5 and 3 tokens  ->  round 1 reads positions 4 and 2, with 5 columns in use;
+                                        round 2 reads positions 5 and 3, with 6 columns in use
     """
     device = next(model.parameters()).device
     token = torch.tensor([prefix[-1] for prefix in prefixes], device=device)            # (slots,)
@@ -335,9 +343,9 @@ def decode(model, decode_step: Callable, cache: KVCache, prefixes: list[list[int
 def plain_decode_step(model) -> Callable:
     """One decode step of `model`: (token, position, masks, cache) -> logits (slots, V).
 
-    The step writes to the cache. token: (slots,) the next id of each slot. position: (slots,) the
-    id's position. masks: what attention_masks gives; their last dimension is the number of columns
-    to attend to.
+    The step writes to the cache, and its logits are a tensor of their own. token: (slots,) the next
+    id of each slot. position: (slots,) the id's position. masks: what attention_masks gives; their
+    last dimension is the number of columns to attend to.
     """
     name = cache_argument(model)
 
@@ -393,7 +401,7 @@ def pair_logps(model, pairs: Sequence[Pair], average: bool = False,
     average: the mean over the response's tokens (ORPO) instead of their sum (DPO).
     shortcuts: what find_shortcuts(model) found; None is plain, and right for every causal LM.
     skip_shared: leave A out of both log-probabilities. A adds the same number to both sums, so
-    DPO's loss and gradient do not change.
+    DPO's loss and gradient do not change, nor does the margin of its rewards.
     nll_on: the tokens of chosen_nll, the mean negative log-likelihood: "response" (y+, or B C with
     skip_shared) or "prompt" (x and y+).
     Raises ValueError for an empty list, an empty prompt, values that are not token ids, a pair
@@ -451,8 +459,10 @@ def labels_from(sequences: list[list[int]], first: list[int], device: torch.devi
 #     position    0 1 2 3 4   5 6 7   5  6  7        each branch goes on from A
 #     attends to  x and A; a token of a branch also to its own branch, never to the other
 #
-# A scored token of a pair belongs to one of four parts.
+# A scored token of a pair belongs to one of four parts. Of the tokens that are read, x and A are
+# SHARED by the branches.
 PROMPT, SEGMENT_A, CHOSEN, REJECTED = range(4)      # x, A, B C, B' C
+SHARED = PROMPT
 
 
 def fast_pair_logps(model, pairs: Sequence[Pair], average: bool, skip_shared: bool, nll_on: str,
@@ -466,9 +476,9 @@ def fast_pair_logps(model, pairs: Sequence[Pair], average: bool, skip_shared: bo
     for i, pair in enumerate(pairs):
         for branches in rows:
             sequence, labels = shared_layout(pair, branches)
-            # The row with the chosen branch also scores x and A.
+            # Without the chosen branch, a row scores B' C alone: x and A were scored before.
             scored += [(len(sequences), column, label, i, part) for column, label, part in labels
-                       if part in wanted and (part in branches or CHOSEN in branches)]
+                       if part in wanted and (part == REJECTED or CHOSEN in branches)]
             sequences.append(sequence)
     device = next(model.parameters()).device
     tokens, positions, branch_of = zip(*sequences, strict=True)
@@ -477,8 +487,8 @@ def fast_pair_logps(model, pairs: Sequence[Pair], average: bool, skip_shared: bo
     mask = None                         # padding is on the right: a causal model never sees it
     if shortcuts.share_prefix:          # a branch attends to x, A and itself
         branch = torch.tensor(pad(branch_of, -1), device=device)
-        allowed = (branch[:, None] == PROMPT) | (branch[:, None] == branch[:, :, None])
-        allowed &= position[:, None] <= position[:, :, None]
+        allowed = (branch[:, None] == SHARED) | (branch[:, None] == branch[:, :, None])
+        allowed &= position[:, None] <= position[:, :, None]                        # causal
         mask = mask_argument(attention_masks(model, allowed, position, position))
     inputs = dict(input_ids=ids, position_ids=position, attention_mask=mask, use_cache=False)
     row, column, label, pair_index, token_part = torch.tensor(
@@ -507,16 +517,17 @@ def shared_layout(pair: Pair, branches: Sequence[int] = (CHOSEN, REJECTED)):
 
     branches: with one of them, the sequence is plainly [x A B C] or [x A B' C].
     Returns (tokens, positions, branch_of) and a list of (column, label, part), one per scored
-    token. branch_of: the branch of each token; x and A, which all branches see, are PROMPT there.
-    The last token of x A predicts the first one of every branch; the last token of a branch
-    predicts nothing and is left out.
+    token. branch_of: the branch of each token, or SHARED. The last token of x A predicts the first
+    one of every branch; the last token of a branch predicts nothing and is not read.
 
         x = [1], A = [2], B C = [3, 4], B' C = [5, 4]
-        ->  tokens 1 2 3 5, positions 0 1 2 2, branch_of 0 0 2 3
+        ->  tokens 1 2 3 5, positions 0 1 2 2, branch_of SHARED SHARED CHOSEN REJECTED
+            labels (0, 2, SEGMENT_A), (1, 3, CHOSEN), (2, 4, CHOSEN), (1, 5, REJECTED),
+                   (3, 4, REJECTED)
     """
     prefix = [*pair.prompt, *pair.chosen[:pair.start]]
     x, p = len(pair.prompt), len(prefix)
-    tokens, positions, branch_of = list(prefix), list(range(p)), [PROMPT] * p
+    tokens, positions, branch_of = list(prefix), list(range(p)), [SHARED] * p
     labels = [(t - 1, prefix[t], PROMPT if t < x else SEGMENT_A) for t in range(1, p)]
     for part in branches:
         branch = (pair.chosen if part == CHOSEN else pair.rejected)[pair.start:]

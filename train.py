@@ -20,11 +20,12 @@ This file is Algorithm 1 of the paper, and the comments carry its line numbers:
     16            update the policy
     17            EMA model <- decay * EMA model + (1 - decay) * policy                [3]
 
-This code departs from the algorithm in three places. [1] The paper writes "A and B": B would give
-the model the text that it has to replace. [2] Where B' holds an end token, the response ends there
-and C is dropped. [3] The EMA model changes every --ema_every steps only, as Section 5.1 says; the
-pairs of all steps until its next change are made in one batch. For choices that the paper leaves
-open see the README's table "Paper, authors' code, this code".
+(5 and 13 are headings, 12 and 18 end loops.) This code departs from the paper in three places.
+[1] The paper writes "A and B": B would give the model the text that it has to replace. [2] Where B'
+holds an end token, the response ends there and C is dropped. [3] The EMA model changes every
+--ema_every steps only, as Section 5.1 says; the pairs of all steps until its next change are made
+in one batch. For choices that the paper leaves open see the README's table "Paper, authors' code,
+this code".
 
 The baselines (ORPO, DPO, SFT, SPIN, on-policy) are settings of the same loop. support/ has what is
 not the method: loading, checkpoints, reports, several processes.
@@ -74,6 +75,7 @@ def rewrite(s: Settings, generating: GeneratingModels, eos_ids: list[int], model
     rngs: one per example, to draw where its segment lies. generator: draws the tokens. Returns
     num_rejected pairs per example.
     """
+    # full_model: all weights, also where `model` is sharded. decode_step: a faster one, or None.
     with generating(model) as (full_model, decode_step):
         def rewrite_batch(batch: list[int]) -> list[list[Pair]]:
             few = [examples[i] for i in batch]
@@ -84,7 +86,7 @@ def rewrite(s: Settings, generating: GeneratingModels, eos_ids: list[int], model
                 segment_eos=s.segment_eos, tail=s.tail, temperature=s.temperature, top_k=s.top_k,
                 top_p=s.top_p, generator=generator, decode_step=decode_step)
             generating.tokens_written += sum(pair.rejected_stop - pair.start for pair in pairs)
-            return batches(pairs, num_rejected)
+            return batches(pairs, num_rejected)                 # a list per example
         lengths = [len(e.prompt) + len(e.chosen) for e in examples]
         return in_batches_by_length(lengths, s.generate_batch // num_rejected, rewrite_batch)
 
@@ -138,8 +140,10 @@ def backward(s: Settings, world: World, scorer, reference_scorer, pairs: list[Pa
     for micro_batch, weight in world.micro_batches(scorer, pairs, s.micro_batch):
         with world.precision():
             losses, policy, rewards = compute_loss(s, scorer, reference_scorer, micro_batch, beta)
-        (weight * losses.sum()).backward()      # weight: 1 / number of pairs, for one process
-        if weight:                              # 0: scored for another process's sake
+        # The weights make the gradient, which DDP averages, that of the mean over all pairs. Weight
+        # 0: this process has no pairs left, but all must call the model equally often.
+        (weight * losses.sum()).backward()
+        if weight:
             metrics.add(micro_batch, losses, policy, rewards)
     return world.means(metrics.sums), metrics.nonfinite_rows
 
@@ -160,15 +164,18 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
     loaded = load(s, world)
     model, examples, eos_ids, steps = loaded.model, loaded.examples, loaded.eos_ids, loaded.steps
 
-    policy = world.prepare(model)       # the model itself, or a sharded copy         line 1
+    # On one device, prepare and wrap change nothing, frozen_copy is a deepcopy and scorer is
+    # PairScorer. With several processes they shard the models or wrap them in DDP.
+    policy = world.prepare(model)                                                   # line 1
     buffer = (ReplayBuffer(s.buffer_size // world.size, seed=[DRAW, s.seed, world.rank])
               if s.buffer_size else None)                                           # line 2
     ema = (EMA(policy, s.ema_decay, s.ema_every, copy=world.frozen_copy(model))
            if s.needs_ema else None)                                                # line 3
     optimizer = make_optimizer(s, policy)
 
-    # What scores pairs. DPO's reference is fixed, or a copy of the policy or of the EMA model that
-    # is refreshed (--ref). In SPIN it is the policy of the round's start, which also writes y-.
+    # What scores pairs. --ref: DPO's reference is "fixed", or the "policy" or the "ema" model of
+    # some steps ago (--ref_every); None for other losses. In SPIN the policy of the round's start
+    # is the reference, and writes y-.
     spin = s.generates and s.rejected == "spin"
     frozen = (world.frozen_copy(loaded.reference, in_place=bool(s.ref_model))
               if s.ref or spin else None)
@@ -192,13 +199,14 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
 
     evaluate = Evaluation(s, world, loaded.tokenizer, eos_ids, loaded.eval_examples, policy,
                           generating, loaded.shortcuts, rewrite_with)
+    # Restores the newest checkpoint where there is one, and evaluates the start.
     run.open(steps, evaluate, model, loaded.tokenizer, eos_ids, examples, loaded.eval_examples,
              {"policy": policy, "optimizer": optimizer, "ema": ema, "frozen": frozen},
              {"buffer": buffer, "pending": pending})
 
     for step in range(run.step + 1, steps + 1):                                     # line 4
-        # Sampling stage. The model that writes is constant until its next refresh: the pairs of all
-        # steps until then are made at once. After a step that was not taken, they are counted anew.
+        # Sampling stage. The EMA model is constant until its next refresh: the pairs of all steps
+        # until then are made at once. (A step that is not taken delays the refresh.)
         if step not in pending:
             pending |= new_pairs_of(steps_to_sample(s, world, ema, step, steps))    # lines 6 to 10
         new_pairs = pending.pop(step)
@@ -217,6 +225,7 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
         metrics, nonfinite_rows = backward(                                         # line 15
             s, world, scorer, reference_scorer, batch, beta)
         run.lap("score")
+        # Not taken where the loss in metrics, or the gradient, is not finite.
         took_step = optimizer_step(s, world, policy, optimizer, lr, metrics)        # line 16
         if took_step and ema is not None:
             ema.update(policy)                                                      # line 17

@@ -3,7 +3,16 @@
     pip install -r examples/requirements.txt
     python examples/lora.py
 
-OUTPUT
+Takes about 40 seconds of one core and prints:
+
+    step  1: loss 0.693147, of full copies 0.693147
+    step  5: loss 0.673184, of full copies 0.673184
+    step 10: loss 0.658488, of full copies 0.658488
+    step 15: loss 0.647961, of full copies 0.647961
+    step 20: loss 0.710053, of full copies 0.710053
+    SmolLM2-135M's shape in fp32, policy, EMA model and reference:
+      one base and two adapters    557.6 MB
+      three full copies           1614.2 MB
 
 What changes in the calls of the modules:
 - EMA(policy, trainable_only=True): the copy shares the base with the policy and has an adapter of
@@ -110,11 +119,12 @@ def load_examples(tokenizer) -> list[tuple[list[int], list[int]]]:
     with open("data/train.jsonl", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     return [(tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"],
-             [*tokenizer.encode(row["chosen"][0]["content"]), tokenizer.eos_token_id])
-            for row in rows]
+             [*tokenizer.encode(row["chosen"][0]["content"], add_special_tokens=False),
+              tokenizer.eos_token_id]) for row in rows]
 
 
 def main() -> None:
+    torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained("data/model")
     train(AutoModelForCausalLM.from_pretrained("data/model"), load_examples(tokenizer),
           tokenizer.eos_token_id)

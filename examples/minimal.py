@@ -1,13 +1,19 @@
-"""SAPO-ORPO with nothing but the modules, transformers and a list of (prompt, answer) strings.
+r"""SAPO-ORPO with nothing but the modules, transformers and a list of (prompt, answer) strings.
 
     python examples/minimal.py
 
-OUTPUT
+Takes about 18 seconds of one core and prints (a batch's loss varies more than 20 steps change it):
+
+    step 10: loss 0.0517
+    step 20: loss 0.1209
+    x: '5, pans 2, bags 6. What is the total?<|im_end|>\n<|im_start|>assistant\n'
+    A: 'keys: 2 * 5 = 10, total 10'
+    B C: '\npans: 2 * 2 = 4, total 14\nbags: 5 * 6 = 30, total 44\nTotal: 44<|im_end|>'
+    B' C: '\npans: 2 * 2 = 4, total 24\nbags: 5 * 6 = 30, total 44\nTotal: 44<|im_end|>'
 """
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # where the modules are
+sys.path.insert(0, ".")     # where the modules are
 
 import json
 
@@ -27,13 +33,14 @@ with open("data/train.jsonl", encoding="utf-8") as file:
     rows = [json.loads(line) for line in file]
 texts = [(tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False),
           row["chosen"][0]["content"]) for row in rows]                 # (prompt, answer) strings
-examples = [(tokenizer.encode(prompt), [*tokenizer.encode(answer), eos])
-            for prompt, answer in texts]
+examples = [(tokenizer.encode(x, add_special_tokens=False),
+             [*tokenizer.encode(y, add_special_tokens=False), eos]) for x, y in texts]
 
+torch.manual_seed(0)
 ema = EMA(policy, decay=0.5, update_every=2)
 buffer, rng = ReplayBuffer(capacity=512), np.random.default_rng(0)
 optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-4)
-for step in range(1, 41):
+for step in range(1, 21):
     minibatch = [examples[i] for i in rng.integers(len(examples), size=16)]
     for pair in make_pairs(ema.model, minibatch, segment_len=28, rng=rng, eos_token_id=eos):
         buffer.add(pair)                # x, A B C and A B' C
@@ -46,5 +53,8 @@ for step in range(1, 41):
     ema.update(policy)
     if step % 10 == 0:
         print(f"step {step}: loss {losses.mean():.4f}")
-for name, ids in {"x": pair.prompt, "A B C": pair.chosen, "A B' C": pair.rejected}.items():
-    print(f"{name}: {tokenizer.decode(ids)!r}")
+pair = max(pairs, key=lambda pair: pair.chosen != pair.rejected)        # one that is not identical
+print(f"x: {tokenizer.decode(pair.prompt)[-70:]!r}")
+print(f"A: {tokenizer.decode(pair.chosen[:pair.start])!r}")
+print(f"B C: {tokenizer.decode(pair.chosen[pair.start:])!r}")
+print(f"B' C: {tokenizer.decode(pair.rejected[pair.start:])!r}")

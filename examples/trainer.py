@@ -4,7 +4,13 @@
     python examples/trainer.py
     torchrun --nproc_per_node 2 examples/trainer.py
 
-OUTPUT
+Takes about 17 seconds of one core with the second command and prints:
+
+    {'loss': '0.05492', 'grad_norm': '0.6494', 'learning_rate': '0.0001', 'epoch': '0.01597'}
+    {'loss': '0.0667', 'grad_norm': '1.196', 'learning_rate': '0.0001', 'epoch': '0.03195'}
+    {'loss': '0.07046', 'grad_norm': '0.9012', 'learning_rate': '0.0001', 'epoch': '0.04792'}
+    {'loss': '0.06097', 'grad_norm': '0.9041', 'learning_rate': '0.0001', 'epoch': '0.0639'}
+    {'train_runtime': '16.42', ...}
 
 Traps of such a host:
 - Make the EMA model before the Trainer. A host may replace the forward of the model (for mixed
@@ -90,15 +96,15 @@ def load_examples(tokenizer) -> list[tuple[list[int], list[int]]]:
     with open("data/train.jsonl", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     return [(tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"],
-             [*tokenizer.encode(row["chosen"][0]["content"]), tokenizer.eos_token_id])
-            for row in rows]
+             [*tokenizer.encode(row["chosen"][0]["content"], add_special_tokens=False),
+              tokenizer.eos_token_id]) for row in rows]
 
 
 def main() -> None:
     args = TrainingArguments(
-        output_dir="runs/trainer", max_steps=40, per_device_train_batch_size=16, learning_rate=1e-4,
-        lr_scheduler_type="constant", logging_steps=10, save_strategy="no", report_to="none",
-        remove_unused_columns=False, ddp_find_unused_parameters=False, dataloader_pin_memory=False)
+        output_dir="runs/trainer", max_steps=20, per_device_train_batch_size=16, learning_rate=1e-4,
+        lr_scheduler_type="constant", logging_steps=5, disable_tqdm=True, save_strategy="no",
+        report_to="none", remove_unused_columns=False, ddp_find_unused_parameters=False)
     policy = AutoModelForCausalLM.from_pretrained("data/model").to(args.device)
     tokenizer = AutoTokenizer.from_pretrained("data/model")
     sapo = Sapo(policy, tokenizer.eos_token_id, args.process_index)

@@ -68,9 +68,9 @@ class Table(NamedTuple):
 
 # ----------------------------------------------------------------------------------------- methods
 
-SFT_TRIED = [{"lr": lr} for lr in (1e-4, 3e-4, 1e-3, 2e-3, 3e-3, 5e-3)]
+SFT_TRIED = [{"lr": lr} for lr in (3e-5, 1e-4, 3e-4, 1e-3, 2e-3, 3e-3)]
 DPO_TRIED = [{"lr": lr, "beta": beta} for lr in (3e-5, 1e-4, 3e-4) for beta in (0.1, 0.5)]
-ORPO_TRIED = [{"lr": lr, "lam": lam} for lr in (3e-4, 1e-3, 3e-3) for lam in (0.05, 0.5)]
+ORPO_TRIED = [{"lr": lr, "lam": lam} for lr in (1e-4, 3e-4, 1e-3) for lam in (0.05, 0.5)]
 
 # The paper refreshes DPO's reference every 108 of about 470 steps.
 EMA_REF = {"ref": "ema", "ref_every": Share(1 / 4)}
@@ -111,9 +111,9 @@ def as_tuned(*names: str) -> list[Row]:
 # For a few rows, the learning rates reach lower, and a run may also be short: SFT on few rows
 # gets worse again after some steps.
 FEW_ROWS_TRIED = {
-    "sft": [{"lr": lr} for lr in (1e-4, 3e-4, 1e-3)],
+    "sft": [{"lr": lr} for lr in (3e-5, 1e-4, 3e-4)],
     "sapo-dpo": [{"lr": lr} for lr in (3e-5, 1e-4, 3e-4)],
-    "sapo-orpo": [{"lr": lr} for lr in (1e-4, 3e-4, 1e-3)]}
+    "sapo-orpo": [{"lr": lr} for lr in (3e-5, 1e-4, 3e-4)]}
 FEW_ROWS_STEPS = [{"steps": Share(1 / 4)}, {"steps": Share(1)}]
 FEW_ROWS = (8, 16, 48, 128, 512)
 

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -48,7 +47,7 @@ class Run(NamedTuple):
     @property
     def name(self) -> str:
         """As a person reads it: "habits sapo-dpo lr=0.0001 beta=0.5 seed=3"."""
-        own = METHODS[self.method].flags if self.method in METHODS else {}
+        own = dict(with_shares(METHODS[self.method].flags, self.testbed))
         shown = {name: value for name, value in self.flags
                  if own.get(name) != value and name not in TUNE}
         part = "tune" if dict(self.flags).get("eval_data") == TUNE["eval_data"] else ""
@@ -169,7 +168,7 @@ def training_cpu_seconds(line: dict) -> float:
     """CPU seconds of the training parts: generating, scoring, updating.
 
     Their wall-clock seconds, times the share of the wall-clock time in which the process had a
-    core. So a busy machine changes little.
+    core. So waiting for a core does not count; what a busy machine slows down besides does.
     """
     wall = sum(line["seconds"][part] for part in ("generate", "score", "update"))
     return wall * line["cpu_seconds"] / line["wall_seconds"]
@@ -248,15 +247,16 @@ def same_cost_steps(results: Results, testbed: str, method: str,
                     other: str) -> tuple[list[Run], int | None]:
     """How many steps of `method` take the CPU seconds that a run of `other` takes.
 
-    By the tuning runs of both, which it returns, too. None while they are not done.
+    By the cheapest tuning run of each: other programs on the machine make a run cost more, never
+    less. Returns the tuning runs of both, too; None for the steps while they are not done.
     """
     ours, theirs = tuning_runs(testbed, method), tuning_runs(testbed, other)
     lines = {run: results.line_of(run) for run in [*ours, *theirs]}
     if None in lines.values():
         return [*ours, *theirs], None
-    costs = [sum(training_cpu_seconds(lines[run]) for run in runs) / len(runs)
-             for runs in (ours, theirs)]
-    return [*ours, *theirs], max(1, math.ceil(steps_of(testbed) * costs[1] / costs[0] - 0.5))
+    our_cost, their_cost = (min(training_cpu_seconds(lines[run]) for run in runs)
+                            for runs in (ours, theirs))
+    return [*ours, *theirs], max(1, round(steps_of(testbed) * their_cost / our_cost))
 
 
 def planned(tables: dict[str, Table], results: Results) -> Iterator[tuple[str, Run | Waiting]]:

@@ -140,12 +140,15 @@ def fails_check(pairs: list[Pair], examples, tokenizer) -> list[bool | None]:
 
     examples: those the pairs were made of.
     """
-    checked = [(pair, examples.by_id(pair.example_id)) for pair in pairs]
-    checked = [(pair, example) for pair, example in checked if example.check]
-    texts = tokenizer.batch_decode([pair.rejected for pair, _ in checked], skip_special_tokens=True)
-    fails = {id(pair): not matches_check(example.check, text, example.chosen_text)
-             for (pair, example), text in zip(checked, texts, strict=True)}
-    return [fails.get(id(pair)) for pair in pairs]
+    fails = []
+    for pair in pairs:
+        example = examples.by_id(pair.example_id)
+        if example.check:
+            text = tokenizer.decode(pair.rejected, skip_special_tokens=True)
+            fails.append(not matches_check(example.check, text, example.chosen_text))
+        else:
+            fails.append(None)
+    return fails
 
 
 def buffer_statistics(buffer, batch: list[Pair], step: int) -> dict[str, tuple[float, int]]:

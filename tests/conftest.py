@@ -52,6 +52,10 @@ AXES = [
     "--ema_decay 0.9 --ema_every 1 --temperature 1 --top_k 0 --top_p 1",
     "--skip_identical --temperature 0", "--optimizer rmsprop --schedule cosine",
     "--schedule inverse_sqrt --max_grad_norm 0 --weight_decay 0.1"]
+# Those whose values other default tests run, too: by themselves they are slow tests.
+RUN_ELSEWHERE = {
+    "--rejected policy", "--rejected data", "--num_rejected 4", "--skip_identical --temperature 0",
+    "--tail drop --segment_eos forbid --loss dpo", "--tail rewrite --num_rejected 2"}
 
 
 @pytest.fixture(scope="session")
@@ -85,6 +89,24 @@ def tiny_run(tmp_path_factory) -> list[str]:
             "--threads 1").split()
 
 
+@pytest.fixture(scope="session")
+def finished_run(tiny_run, tmp_path_factory):
+    """finished_run(flags) -> the folder of a run that ended well.
+
+    Each is made once, for all tests that only read that folder.
+    """
+    folders = {}
+
+    def folder_of(flags: str = "--loss orpo") -> Path:
+        if flags not in folders:
+            out = tmp_path_factory.mktemp("finished") / "out"
+            run(tiny_run, out, flags)
+            folders[flags] = out
+        return folders[flags]
+
+    return folder_of
+
+
 # ------------------------------------------------------------------------------------ single runs
 
 def own_buffer(flags: str) -> list[str]:
@@ -105,13 +127,18 @@ def run(flags: list[str], out: Path, *more: str) -> tuple[list[dict], dict]:
     """
     more = " ".join(more)
     train.train(parse([*flags, "--out", str(out), *own_buffer(more), *more.split()]))
-    return read_records(out), json.loads((out / "summary.json").read_text())
+    return read_records(out), read_summary(out)
 
 
 def read_records(out: Path) -> list[dict]:
     """metrics.jsonl of a run's folder."""
     with (out / "metrics.jsonl").open() as file:
         return [json.loads(line) for line in file]
+
+
+def read_summary(out: Path) -> dict:
+    """summary.json of a run's folder."""
+    return json.loads((out / "summary.json").read_text())
 
 
 def untimed(out: Path) -> list[dict]:

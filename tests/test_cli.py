@@ -268,7 +268,8 @@ def test_a_vision_tower_is_left_alone(tiny_run, tmp_path):
 
 
 @pytest.mark.parametrize("changes", [
-    {"tie_word_embeddings": True}, {"vocab_size": 700}, {"pad_token_id": None}])
+    {"tie_word_embeddings": True}, pytest.param({"vocab_size": 700}, marks=pytest.mark.slow),
+    pytest.param({"pad_token_id": None}, marks=pytest.mark.slow)])
 def test_embeddings_of_all_kinds(changes, tiny_run, tmp_path):
     """Tied embeddings stay tied, a vocabulary padded beyond the tokenizer's keeps its size, and a
     missing pad token is no matter: a whole run, saved and loaded again."""

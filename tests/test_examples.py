@@ -7,9 +7,9 @@ import copy
 import importlib.util
 import os
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -66,39 +66,47 @@ def printed_in_header(name: str) -> list[str]:
     return [line.strip() for line in block.splitlines()]
 
 
+def losses_in(line: str) -> list[float]:
+    return [float(x) for x in re.findall(rf"(?:loss|copies|MB)\W+({NUMBER})", line)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NEEDS)
 def test_examples_print_what_their_headers_show(name, tmp_path):
-    """Each example runs within a minute and prints the lines of its header, losses within 5%.
+    """Each example takes less than a minute of one core and prints the lines of its header.
 
-    The losses of later steps depend on the drawn tokens, which differ where rounding does.
+    Losses are within 10%: those of later steps depend on the drawn tokens, which differ where
+    rounding does. What a model wrote, norms and seconds may differ.
     """
     pytest.importorskip(NEEDS[name])
-    (tmp_path / "data").symlink_to(REPOSITORY / "data")
-    started = time.monotonic()
+    for path in ("data", "losses.py", "buffer.py", "ema.py", "sapo.py"):
+        (tmp_path / path).symlink_to(REPOSITORY / path)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     done = subprocess.run([sys.executable, str(EXAMPLES / f"{name}.py")], cwd=tmp_path, text=True,
                           capture_output=True, timeout=300,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - started < 60
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 60
     shown, printed = printed_in_header(name), done.stdout.splitlines()
     assert len(shown) == len(printed), done.stdout
     for line, expected in zip(printed, shown, strict=True):
-        if re.search(NUMBER, expected):         # text that a model wrote may differ, its label not
-            assert re.split(NUMBER, line) == re.split(NUMBER, expected)
-            assert [float(x) for x in re.findall(NUMBER, line)] == pytest.approx(
-                [float(x) for x in re.findall(NUMBER, expected)], rel=0.05)
-        else:
-            assert line.split(":")[0] == expected.split(":")[0]
+        if expected.endswith(", ...}"):                     # cut there in the header
+            line, expected = line.split(",")[0], expected.split(",")[0]
+        label = r"^(x|A|B C|B' C): "                        # the text after it was drawn
+        found, wanted = re.match(label, line), re.match(label, expected)
+        assert (found and found[0]) == (wanted and wanted[0])
+        if not wanted:
+            assert re.sub(NUMBER, "#", line) == re.sub(NUMBER, "#", expected)
+            assert losses_in(line) == pytest.approx(losses_in(expected), rel=0.1)
 
 
 # --------------------------------------------------------------------------------------- minimal.py
 
 def test_minimal_is_short_and_on_the_readme():
-    """minimal.py has at most 60 lines; after its header and path it is the README's loop."""
+    """minimal.py has at most 60 lines; up to the end of the loop the README shows it."""
     text = (EXAMPLES / "minimal.py").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 60
-    code = text.split("# where the modules are\n")[1].strip()
+    code = text.split("# where the modules are\n")[1].split("\npair = max")[0].strip()
     block, = re.findall(r"^```python\n(.*?)^```$",
                         (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.M | re.S)
     assert block.strip() == code

@@ -72,9 +72,9 @@ def out(stopped, tmp_path) -> Path:
 
 @pytest.mark.parametrize("name, harm", [
     ("shared.pt", lambda content: content[:999] + bytes([content[999] ^ 4]) + content[1000:]),
-    ("rank0.pt", lambda content: content[:len(content) // 2]),
     (MANIFEST, lambda content: content[:len(content) // 2]),
-    ("shared.pt", lambda content: None)])
+    pytest.param("rank0.pt", lambda content: content[:len(content) // 2], marks=pytest.mark.slow),
+    pytest.param("shared.pt", lambda content: None, marks=pytest.mark.slow)])
 def test_damaged_checkpoints_are_noticed(name, harm, out, whole, capfd):
     """A file with a flipped bit, cut short, missing, or a broken manifest: one sentence names the
     file and the checkpoint before. Going on from that one ends like a run that was not damaged."""
@@ -205,25 +205,6 @@ def test_no_room_for_the_closing_checkpoint(tiny_run, whole, tmp_path, monkeypat
     run(tiny_run, tmp_path / "out")
     assert "No space left on device); make room" in capsys.readouterr().out
     assert same_state(dict(weights(tmp_path / "out")), dict(weights(whole)))
-
-
-@pytest.mark.parametrize("steps", [(2, 3), (6,)])
-def test_a_record_that_can_not_be_written(steps, tiny_run, whole, tmp_path, monkeypatch, capsys):
-    """A disk that refuses lines of metrics.jsonl for some steps, the last one too, costs neither
-    the run nor the records: they are written later."""
-    append, refused = support.report.append_whole, []
-
-    def unreliable(path, content):
-        step = json.loads(content.decode().splitlines()[-1])["step"]
-        if step in steps and step not in refused:
-            refused.append(step)
-            raise OSError(errno.ENOSPC, "No space left on device")
-        append(path, content)
-
-    monkeypatch.setattr("support.report.append_whole", unreliable)
-    run(tiny_run, tmp_path / "out")
-    assert refused == list(steps) and "could not be written" in capsys.readouterr().out
-    assert untimed(tmp_path / "out") == untimed(whole)
 
 
 def test_a_summary_that_can_not_be_written(tiny_run, whole, tmp_path, capfd):
@@ -400,7 +381,9 @@ def check_saved(out: Path) -> int:
     return last
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [
+    signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+    pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_signals(number, tiny_run, tmp_path, capfd):
     """SIGTERM, Ctrl-C and a closed terminal: the run finishes its step, saves and exits with status
     3 and a sentence. The same signal again at once changes nothing. The run resumes."""

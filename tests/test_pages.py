@@ -20,7 +20,8 @@ from support import cli
 from support.settings import Settings, parse
 
 README = REPOSITORY / "README.md"
-PAGES = [README, REPOSITORY / "CHANGELOG.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+PAGES = [README, REPOSITORY / "CHANGELOG.md", *sorted((REPOSITORY / "docs").glob("*.md")),
+         REPOSITORY / "examples/README.md"]
 NAMES = [str(page.relative_to(REPOSITORY)) for page in PAGES]
 
 # Pages that are linked to and being written. An entry goes when its page is there.
@@ -207,15 +208,17 @@ for selection in sys.argv[1:]:
 
 # ---------------------------------------------------------------------------------------- commands
 
-SHELL_BLOCKS = [pytest.param(page, block, id=f"{page.stem} {i}",
-                             marks=[pytest.mark.slow] if "bench/" in block else [])
+SHELL_BLOCKS = [pytest.param(page, block, id=f"{page.parent.name} {page.stem} {i}",
+                             marks=[pytest.mark.slow] if re.search("(bench|examples)/", block)
+                             else [])
                 for page in PAGES for i, block in enumerate(blocks(page, "sh"))]
 
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
     """A folder to run commands in, as in a checkout, with rows, questions and an old run."""
-    for name in ("data", "recipes", "bench"):           # nothing that a command writes to
+    modules = ("losses.py", "buffer.py", "ema.py", "sapo.py")
+    for name in ("data", "recipes", "bench", "examples", *modules):     # no command writes to them
         (tmp_path / name).symlink_to(REPOSITORY / name)
     lines = (REPOSITORY / "data/train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     for name in ("rows.jsonl", "mine.jsonl"):
@@ -253,8 +256,8 @@ def run_words(words: list[str], folder: Path) -> int:
         return 0
     script = next(i for i, word in enumerate(arguments) if word.endswith(".py"))
     arguments = arguments[script:]
-    if arguments[0] != "train.py":          # a program of bench/
-        short = SHORT_BENCHES[arguments[0]].split()
+    if arguments[0] != "train.py":          # a program of bench/ or examples/
+        short = SHORT_BENCHES.get(arguments[0], "").split()
         return subprocess.run([sys.executable, *arguments, *short], cwd=folder,
                               timeout=300).returncode
     flags = arguments[1:]

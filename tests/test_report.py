@@ -37,11 +37,8 @@ from test_sapo import tiny
 class Letters:
     """A tokenizer for which id i is the character of that code point; 2 is the end token."""
 
-    def decode(self, ids):
-        return "".join(map(chr, ids)).replace("\x02", "<end>")
-
-    def batch_decode(self, sequences, skip_special_tokens):
-        return ["".join(map(chr, ids)).replace("\x02", "") for ids in sequences]
+    def decode(self, ids, skip_special_tokens=False):
+        return "".join(map(chr, ids)).replace("\x02", "" if skip_special_tokens else "<end>")
 
 
 def letters(text: str) -> list[int]:
@@ -209,13 +206,12 @@ def test_values_that_are_not_finite_are_null(report):
 
 
 @pytest.mark.parametrize("failing, lost", [((2, 3), 0), ((6,), 0), ((5, 6, 7), 2)])
-def test_a_line_that_fails_does_not_lose_the_run(failing, lost, tiny_run, tmp_path, monkeypatch,
-                                                 capsys):
+def test_a_line_that_fails_does_not_lose_the_run(failing, lost, tiny_run, finished_run, tmp_path,
+                                                 monkeypatch, capsys):
     """Where metrics.jsonl can't be written, the run says so once and goes on. The records come
     with a later step, or after the last one. Those that never could be written are said to be
     lost."""
-    run(tiny_run, tmp_path / "whole")
-    calls = []
+    whole, calls = finished_run(), []
 
     def append(path, content):
         calls.append(path)
@@ -226,7 +222,7 @@ def test_a_line_that_fails_does_not_lose_the_run(failing, lost, tiny_run, tmp_pa
     monkeypatch.setattr(support.report, "append_whole", append)
     capsys.readouterr()
     run(tiny_run, tmp_path / "out")
-    assert untimed(tmp_path / "out") == untimed(tmp_path / "whole")[:6 - lost]
+    assert untimed(tmp_path / "out") == untimed(whole)[:6 - lost]
     out = capsys.readouterr().out
     assert out.count("could not be written (No space left on device); trying again") == 1
     assert ("2 records could not be written" in out) == bool(lost)

@@ -19,6 +19,7 @@ from conftest import (
     own_buffer,
     quick_command,
     read_records,
+    read_summary,
     results,
     run,
     same_state,
@@ -360,7 +361,7 @@ def test_checkpoints_of_a_finished_run(steps, save_every, kept, tiny_run, tmp_pa
 
 
 @pytest.mark.parametrize("moment", ["before final", "before summary"])
-def test_killed_while_closing(moment, tiny_run, tmp_path, monkeypatch, capfd):
+def test_killed_while_closing(moment, tiny_run, finished_run, tmp_path, monkeypatch):
     """A run killed between its last step and its summary, with no --save_every: it is resumed to
     the same end without training again."""
     flags, out = [*tiny_run, "--buffer_size", "8"], tmp_path / "out"
@@ -383,7 +384,7 @@ def test_killed_while_closing(moment, tiny_run, tmp_path, monkeypatch, capfd):
         patch.setattr(train, "backward", lambda *arguments: pytest.fail("it trained again"))
         resume(out)
     assert (out / "metrics.jsonl").read_bytes() == records and not (out / "checkpoints").exists()
-    _, summary = run(tiny_run, tmp_path / "whole")
-    assert results(json.loads((out / "summary.json").read_text())) == results(summary)
-    assert same_state(dict(weights(out)), dict(weights(tmp_path / "whole")))
+    whole = finished_run()
+    assert results(read_summary(out)) == results(read_summary(whole))
+    assert same_state(dict(weights(out)), dict(weights(whole)))
     assert torch.isfinite(next(iter(weights(out).values()))).all()

@@ -123,13 +123,22 @@ def test_rows_get_the_settings_that_did_best():
     assert (flags["loss"], flags["lr"], flags["tail"]) == ("orpo", 1e-3, "drop")
 
 
+def test_a_runs_name_says_what_its_method_does_not():
+    """The name has the tuned settings and what the row changes, and leaves out what every run of
+    the method has; tuning runs say so."""
+    found = plan.plan_row(TABLES["reference"], TABLES["reference"].rows[1],
+                          all_done({"reference": TABLES["reference"]}))
+    assert found.runs[0].name == "habits sapo-dpo ref_every=6 lr=3e-05 beta=0.1 seed=0"
+    assert found.tuning[0].name == "habits sapo-dpo tune lr=3e-05 beta=0.1 seed=100"
+
+
 # ------------------------------------------------------------------------------- identity, skipping
 
 def test_a_run_is_what_it_learns(testbed):
     """The order of the flags, a default spelled out, the method's name and what is watched change
     nothing; a learning rate, a seed and the rows it is evaluated on do."""
     one = Run(testbed, "sft", (("loss", "sft"), ("buffer_size", 0), ("lr", 1e-3)), 1)
-    same = [one._replace(flags=one.flags[::-1]), one._replace(method="other"),
+    same = [one._replace(flags=one.flags[::-1]), one._replace(method="dpo"),
             one._replace(flags=(*one.flags, ("lam", 0.05))),
             one._replace(watch=(("eval_every", 2),))]
     other = [one._replace(seed=2), one._replace(flags=(*one.flags, ("lr", 2e-3))),
@@ -178,12 +187,14 @@ def test_an_edge_is_named():
 
 def test_the_same_cost_is_taken_from_cpu_seconds(few, testbed):
     """SAPO's 4 steps take 20 s of training in a process that had a core half of the time: 10 CPU
-    seconds. SFT's take 4. So SFT gets 10 steps."""
+    seconds. SFT's take 4. So SFT gets 10 steps. The cheapest run of each method counts."""
     ours, theirs = tuning_runs(testbed, "sft"), tuning_runs(testbed, "sapo-orpo")
     sft = {"seconds": {"generate": 0.0, "score": 3.0, "update": 1.0}, "wall_seconds": 10.0,
            "cpu_seconds": 10.0}
-    results = Results([*(line_of(each, 0.5, **sft) for each in ours),
-                       *(line_of(each, 0.5) for each in theirs)])
+    lines = [*(line_of(each, 0.5, **sft) for each in ours),
+             *(line_of(each, 0.5) for each in theirs)]
+    lines[0]["cpu_seconds"] = lines[-1]["cpu_seconds"] = 40.0
+    results = Results(lines)
     assert plan.same_cost_steps(results, testbed, "sft", "sapo-orpo")[1] == 10
 
 
