@@ -143,7 +143,7 @@ def test_the_flags_table_has_the_defaults_first():
     s.ref = parse(["--model", "m", "--data", "d", "--loss", "dpo"]).ref
     section = text_of(README).split("## One loop, all the methods")[1].split("\n## ")[0]
     rows = [line.split("|")[1:3] for line in section.splitlines() if line.startswith("| `--")]
-    assert len(rows) == 9
+    assert len(rows) == 10
     for flags, values in rows:
         names = re.findall(r"--(\w+)", flags)
         # Several flags: one value for each, between ";" or ",". One flag: what comes first.

@@ -225,7 +225,7 @@ def test_resume_with_a_path_beside_train_py(tiny_run, tmp_path, monkeypatch):
     flags = [*tiny_run, "--model", "data/model", "--random_init", "--rejected", "data"]
     flags += ["--loss", "sft", "--steps", "2", "--eval_data", str(DATA / "heldout.jsonl")]
     flags[flags.index("--eval_data") + 1] = flag_value(tiny_run, "--eval_data")
-    monkeypatch.setattr(train, "Evaluation", lambda *arguments: lambda model: {})
+    monkeypatch.setattr(train.Evaluation, "__call__", lambda self, model: {})
     stopped_run(flags, tmp_path / "out", 1)
     resume(tmp_path / "out")
     assert len(untimed(tmp_path / "out")) == 2
