@@ -17,9 +17,9 @@ class ReplayBuffer:
     numpy.random.default_rng takes it. An item that was drawn c times so far has weight 1 / (1 + c),
     so items that were used less are drawn more often. Raises ValueError for a capacity below 1.
 
-    .items and .counts are lists, oldest first. .evicted counts the dropped items, .evicted_unused
-    those of them that were never drawn. .drawn_counts: how often each item of the last sample had
-    been drawn before.
+    .items and .counts are lists, oldest first. For reports: .evicted counts the dropped items,
+    .evicted_unused those of them that were never drawn. .drawn_counts: how often each item of the
+    last sample had been drawn before.
 
         capacity 2, add "a", "b", "c"  ->  holds "b", "c"
         counts [0, 3]                  ->  the first is drawn with probability 1 / (1 + 1/4) = 0.8
@@ -56,7 +56,9 @@ class ReplayBuffer:
         if not 0 <= k <= len(self):
             raise ValueError(f"cannot draw {k} of {len(self)} items")
         weights = 1 / (1 + np.array(self.counts, dtype=float))
-        drawn = self.rng.choice(len(self), k, replace=False, p=weights / weights.sum()) if k else []
+        drawn = []
+        if k:
+            drawn = self.rng.choice(len(self), k, replace=False, p=weights / weights.sum())
         self.drawn_counts = [self.counts[i] for i in drawn]
         for i in drawn:
             self.counts[i] += 1

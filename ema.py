@@ -51,12 +51,14 @@ class EMA:
                                  " which a copy would share; make the EMA model before that")
         self.decay, self.update_every, self.steps = decay, update_every, 0
         if copy is None:
-            shared = [p for p in model.parameters() if not p.requires_grad] + [*model.buffers()]
-            # deepcopy reuses the objects in its memo, so these stay shared.
-            copy = copying.deepcopy(model, {id(x): x for x in shared} if trainable_only else {})
+            shared = []
+            if trainable_only:
+                shared = [p for p in model.parameters() if not p.requires_grad] + [*model.buffers()]
+            # deepcopy takes what is in its memo instead of copying it.
+            copy = copying.deepcopy(model, memo={id(tensor): tensor for tensor in shared})
         self.averaged = [name for name, p in model.named_parameters()
                          if p.requires_grad or not trainable_only]
-        # Shared parameters require no gradient either.
+        # Nothing changes for shared parameters: they require no gradient in the policy either.
         self.model = copy.eval().requires_grad_(False)
         self.trainable_only = trainable_only
 
@@ -70,7 +72,7 @@ class EMA:
         if self.steps % self.update_every:
             return False
         ours, theirs = dict(self.model.named_parameters()), dict(model.named_parameters())
-        if self.averaged:       # one fused call: a loop over hundreds of tensors in Python is slow
+        if self.averaged:       # ours += (1 - decay) * (theirs - ours), one call for all tensors
             torch._foreach_lerp_([ours[name] for name in self.averaged],
                                  [theirs[name] for name in self.averaged], 1 - self.decay)
         for our_buffer, their_buffer in zip(self.model.buffers(), model.buffers(), strict=True):

@@ -25,14 +25,14 @@ def sequence_logps(logits: Tensor, labels: Tensor, average: bool = False) -> Ten
     the labelled tokens, or their mean (0 where a row has none). Raises ValueError when the shapes
     do not match.
 
-        labels [[-100, 7, 8, -100]]  ->  logits[0, 0] at 7  +  logits[0, 1] at 8
+        labels [[-100, 7, 8, -100]]  ->  log_softmax(logits[0, 0])[7] + log_softmax(logits[0, 1])[8]
     """
     if logits.ndim != 3 or logits.shape[:2] != labels.shape:
         raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} "
                          "do not match in (B, T)")
-    logits, labels = logits[:, :-1], labels[:, 1:]
-    logps = token_logps(logits.flatten(0, 1), labels.flatten()).view(labels.shape)      # (B, T - 1)
-    count = (labels != -100).sum(-1).clamp(min=1)
+    logits, targets = logits[:, :-1], labels[:, 1:]
+    logps = token_logps(logits.flatten(0, 1), targets.flatten()).view(targets.shape)    # (B, T - 1)
+    count = (targets != -100).sum(-1).clamp(min=1)
     return logps.sum(-1) / count if average else logps.sum(-1)
 
 
@@ -47,7 +47,7 @@ def token_logps(logits: Tensor, labels: Tensor) -> Tensor:
 def dpo_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor,
              reference_chosen_logps: Tensor, reference_rejected_logps: Tensor,
              beta: float = 0.1, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """DPO (Rafailov et al. 2023), Eq. 1: prefer the chosen one more than the reference does.
+    """DPO (Rafailov et al. 2023; Eq. 1): prefer the chosen response more than the reference does.
 
     The arguments are (B,) each: summed log-probabilities. beta: strength of the pull towards the
     reference. label_smoothing: assumed probability that chosen and rejected are swapped
@@ -72,7 +72,9 @@ def dpo_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor,
 
 def orpo_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, chosen_nll: Tensor,
               lam: float = 0.05) -> tuple[Tensor, Tensor, Tensor]:
-    """ORPO (Hong et al. 2024), Eq. 2 and 3: supervised loss plus lam times the log odds ratio loss.
+    """ORPO (Hong et al. 2024; Eq. 3): the supervised loss plus lam times the odds ratio loss.
+
+    losses = chosen_nll - lam * log sigmoid(log odds of chosen - log odds of rejected)
 
     policy_*_logps: (B,) mean log-probabilities per token, <= 0. chosen_nll: (B,) the supervised
     term, the mean negative log-likelihood of the chosen response. lam: weight of the odds ratio
@@ -84,15 +86,14 @@ def orpo_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, chosen
         chosen = rejected  ->  log odds ratio 0, losses = chosen_nll + lam * 0.6931
     """
     chosen, rejected, nll = same_shape(policy_chosen_logps, policy_rejected_logps, chosen_nll)
-    log_odds_ratio = log_odds(chosen) - log_odds(rejected)                          # inside Eq. 3
-    odds_ratio_losses = -F.logsigmoid(log_odds_ratio)
-    losses = nll + lam * odds_ratio_losses                                          # Eq. 3
+    log_odds_ratio = log_odds(chosen) - log_odds(rejected)
+    losses = nll - lam * F.logsigmoid(log_odds_ratio)
     return losses, lam * chosen.detach(), lam * rejected.detach()
 
 
 def log_odds(logps: Tensor) -> Tensor:
     """Eq. 2 in logs: log(p / (1 - p)) from log p <= 0. expm1 keeps 1 - p exact for p near 1."""
-    logps = logps.clamp(max=-1e-12)         # p = 1 has infinite odds: stop just before, gradient 0
+    logps = logps.clamp(max=-1e-12)         # p = 1 has infinite odds: stop short, with gradient 0
     return logps - torch.log(-torch.expm1(logps))
 
 

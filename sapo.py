@@ -7,12 +7,13 @@
     pair_logps          log-probabilities of y+ and y-                      for Eq. 1 and 3
     find_shortcuts, check_generation: what a given model can do (read last)
 
-First reading: "segments and pairs", generate_segments, pair_logps and plain_pair_logps. The rest
-does the same with less work, or talks to models.
+First reading: "segments and pairs", generate_segments, and pair_logps to labels_from, some 260
+lines. Second: how a KV cache is written (prefill, decode), and how pairs are scored with less work.
 
 Everything is token ids; nothing is decoded and tokenized again. x is the prompt, y+ = A B C the
 chosen and y- = A B' C the rejected response. Shapes: T is a padded length, D the hidden size, V the
-vocabulary, N a number of tokens; (pairs,), (slots, V) and so on name the batch.
+vocabulary, N a number of tokens; (pairs,), (slots, V) and so on name the batch. A slot is a row of
+the KV cache, one per continuation.
 
 What `model` must offer, as every causal LM of transformers does:
 - model(input_ids=, attention_mask=, use_cache=False).logits (rows, T, V), parameters(), modules();
@@ -43,11 +44,11 @@ try:
 except ImportError:
     from losses import sequence_logps, token_logps
 
-LOGITS_AT_ONCE = 2 ** 25        # logits (tokens x V) per chunk of head_logps: 128 MiB in fp32
-
-
 class Example(NamedTuple):
-    """A prompt and its chosen response as token ids. example_id: its place in the data."""
+    """A prompt and its chosen response as token ids, the end token included if there is one.
+
+    example_id: its place in the data.
+    """
     prompt: list[int]
     chosen: list[int]
     example_id: int = -1
@@ -99,7 +100,7 @@ def splice(response: Sequence[int], start: int, stop: int, segment: Sequence[int
         response [1, 2, 3, 4, 5], start 1, stop 3, segment [8, 9], end 0  ->  [1, 8, 9, 4, 5]
         the same with segment [8, 0]                                      ->  [1, 8, 0]
     """
-    eos_ids, response = end_token_ids(eos_token_id), as_ids(response, "response")
+    eos_ids, response = eos_ids_of(eos_token_id), as_ids(response, "response")
     segment = as_ids(segment, "segment")
     for i, token in enumerate(segment):
         if token in eos_ids:
@@ -111,10 +112,7 @@ def make_pairs(model, examples: Sequence[Example], segment_len: int,
                rng: np.random.Generator | Sequence[np.random.Generator], *,
                eos_token_id: int | Sequence[int] | None, num_rejected: int = 1,
                max_new_tokens: int | Sequence[int] = 256, segment_eos: str = "stop",
-               tail: str = "keep", step: int = 0,
-               temperature: float = 0.7, top_k: int = 50, top_p: float = 0.95,
-               generator: torch.Generator | None = None,
-               decode_step: Callable | None = None) -> list[Pair]:
+               tail: str = "keep", step: int = 0, **sampling) -> list[Pair]:
     """Algorithm 1 lines 7 to 10: `model`, the EMA model, rewrites a segment of each response.
 
     examples: (prompt, chosen[, example_id]) tuples of token ids. segment_len: N_seg; 0 rewrites the
@@ -124,9 +122,9 @@ def make_pairs(model, examples: Sequence[Example], segment_len: int,
     segment_eos: "stop" ends y- at an end token in B'; "forbid" bans end tokens in B' where the
     chosen response goes on after B.
     tail: "keep" makes y- = A B' C (Eq. 5); "drop" makes y- = A B'; "rewrite" lets B reach to the
-    end of the response, so that C is empty: y- is A and then what the model writes, until an end
-    token or until y- has max_new_tokens tokens, and at least as many as a segment has.
-    The other arguments are those of generate_segments.
+    end of the response, so that C is empty: B' ends with an end token, or with the last of
+    max_new_tokens - len(A) tokens (of as many as a segment has, where that is more).
+    sampling: temperature, top_k, top_p, generator and decode_step of generate_segments.
     Returns num_rejected pairs per example, in the order of the examples. Raises ValueError on an
     empty response, on another value of segment_eos or tail, and where generate_segments does.
     """
@@ -138,22 +136,22 @@ def make_pairs(model, examples: Sequence[Example], segment_len: int,
     examples = [Example(as_ids(prompt, "prompt"), as_ids(chosen, "chosen"), example_id)
                 for prompt, chosen, example_id in examples]
     rngs = one_each(rng, examples, "rng")
-    whole_limits = one_each(max_new_tokens, examples, "max_new_tokens")
+    response_limits = one_each(max_new_tokens, examples, "max_new_tokens")
     spans, prefixes, limits, forbid_eos = [], [], [], []
-    for (prompt, chosen, _), example_rng, limit in zip(examples, rngs, whole_limits, strict=True):
+    for (prompt, chosen, _), example_rng, response_limit in zip(
+            examples, rngs, response_limits, strict=True):
         start, stop = choose_segment(                                                   # line 8
             len(chosen), segment_len or len(chosen), example_rng)
-        new_tokens = stop - start if segment_len else limit
-        if tail == "rewrite":
-            new_tokens, stop = max(new_tokens, limit - start), len(chosen)
+        segment_limit = stop - start if segment_len else response_limit
+        if tail == "rewrite":           # B reaches to the end of the response
+            stop, segment_limit = len(chosen), max(segment_limit, response_limit - start)
         spans.append((start, stop))
         prefixes.append([*prompt, *chosen[:start]])                     # x A
-        limits.append(new_tokens)
+        limits.append(segment_limit)
         forbid_eos.append(segment_eos == "forbid" and stop < len(chosen))
     segments = generate_segments(                                                       # line 9
-        model, prefixes, limits, eos_token_id=eos_token_id, temperature=temperature, top_k=top_k,
-        top_p=top_p, num_return=num_rejected, generator=generator, forbid_eos=forbid_eos,
-        decode_step=decode_step)
+        model, prefixes, limits, eos_token_id=eos_token_id, num_return=num_rejected,
+        forbid_eos=forbid_eos, **sampling)
     pairs = []
     for example, (start, stop), rewrites in zip(examples, spans, segments, strict=True):
         prompt, chosen, example_id = example
@@ -175,7 +173,7 @@ def generate_segments(model, prefixes: Sequence[Sequence[int]],
                       generator: torch.Generator | None = None,
                       forbid_eos: bool | Sequence[bool] = False,
                       decode_step: Callable | None = None) -> list[list[list[int]]]:
-    """Continue each prefix (Algorithm 1 line 9).
+    """Continue each prefix (Algorithm 1 line 9); samples as model.generate(do_sample=True) does.
 
     prefixes: token ids, of any lengths but not empty. max_new_tokens: one, or one per prefix.
     eos_token_id: an id, several, or None; a list ends with the end token that was produced.
@@ -183,7 +181,7 @@ def generate_segments(model, prefixes: Sequence[Sequence[int]],
     (0: all), then top_p, in that order. generator: draws the tokens.
     num_return: continuations per prefix, which is read once for all of them.
     forbid_eos: one bool, or one per prefix: no end token is produced there.
-    decode_step: a faster step with the arguments and results of plain_decode_step(model).
+    decode_step: for speed alone; takes and returns what plain_decode_step(model) does.
     Returns num_return token lists for each prefix. During the call, a model in training mode is in
     eval mode (no dropout). check_generation(model) tells whether a model can work with the cache.
     Raises ValueError for an empty prefix, for values that are not token ids, for lists of unequal
@@ -194,7 +192,7 @@ def generate_segments(model, prefixes: Sequence[Sequence[int]],
     prefixes = [as_ids(prefix, "a prefix") for prefix in prefixes]
     limits = one_each(max_new_tokens, prefixes, "max_new_tokens")
     forbid = one_each(forbid_eos, prefixes, "forbid_eos")
-    eos_ids = end_token_ids(eos_token_id)
+    eos_ids = eos_ids_of(eos_token_id)
     if not all(prefixes):
         raise ValueError("a prefix needs at least one token")
     if num_return < 1 or not temperature >= 0:
@@ -207,7 +205,7 @@ def generate_segments(model, prefixes: Sequence[Sequence[int]],
     with eval_mode(model):
         cache = prefill(model, prefixes, max(limits))
         slots = [i for i in range(len(prefixes)) for _ in range(num_return)]
-        cache.keep_slots(slots)                                 # one slot per continuation
+        cache.select_slots(slots)                               # one slot per continuation
         outputs = decode(
             model, decode_step or plain_decode_step(model), cache, [prefixes[i] for i in slots],
             [limits[i] for i in slots], [forbid[i] for i in slots], eos_ids,
@@ -230,7 +228,7 @@ class KVCache:
     def write_prefixes(self, slots: Sequence[int]) -> "CacheWriter":
         """For a forward pass over whole prefixes, which attend to themselves alone."""
         def write(layers: dict[int, Tensor], layer: int, new: Tensor) -> Tensor:
-            if layer not in layers:     # zeros: leftover NaN would get past the mask (0 * NaN)
+            if layer not in layers:     # zeros: NaN in a masked column would get past (0 * NaN)
                 layers[layer] = new.new_zeros(
                     self.slots, new.shape[1], self.capacity, new.shape[3])
             layers[layer][slots, :, :new.shape[2]] = new
@@ -248,8 +246,8 @@ class KVCache:
             return stored[:, :, :length]
         return CacheWriter(self, write)
 
-    def keep_slots(self, slots: Sequence[int]) -> None:
-        """Keep these slots, in this order. A slot may be named more than once."""
+    def select_slots(self, slots: Sequence[int]) -> None:
+        """Keep these slots, in this order. A slot that is named twice is there twice."""
         for layers in (self.keys, self.values):
             for layer, stored in layers.items():
                 layers[layer] = stored[torch.tensor(slots, device=stored.device)]
@@ -280,6 +278,7 @@ def prefill(model, prefixes: list[list[int]], max_new_tokens: int) -> KVCache:
     # Prefixes of like lengths go together, for less padding. Padding is on the right and a causal
     # model looks back only, so padding changes nothing.
     by_length = sorted(range(len(prefixes)), key=lambda i: len(prefixes[i]))
+    # Prefilling needs no logits at all; one is the fewest that can be asked for.
     only_last = {"logits_to_keep": 1} if forward_takes(model, "logits_to_keep") else {}
     group_size = max(4, -(-len(prefixes) // 4))         # at most four groups, of four or more
     for first in range(0, len(prefixes), group_size):
@@ -299,12 +298,16 @@ def decode(model, decode_step: Callable, cache: KVCache, prefixes: list[list[int
            choose: Callable) -> list[list[int]]:
     """Write up to limits[i] tokens after prefixes[i], which slot i of the cache holds.
 
-    choose: logits (slots, V) -> tokens (slots,). Returns a list of tokens per prefix.
+    choose: logits (slots, V) -> tokens (slots,). Returns a list of tokens per prefix. A round reads
+    one token per slot and gives the next one; the last token of a response is never read.
+
+        prefixes of 5 and 3 tokens  ->  round 1 reads positions 4 and 2, with 5 columns in use;
+                                        round 2 reads positions 5 and 3, with 6 columns in use
     """
     device = next(model.parameters()).device
     token = torch.tensor([prefix[-1] for prefix in prefixes], device=device)            # (slots,)
     position = torch.tensor([len(prefix) - 1 for prefix in prefixes], device=device)
-    # A finished slot keeps computing, but never past the last position that it may use.
+    # A finished slot keeps computing, but at its last position: the cache has no more columns.
     last_position = position + torch.tensor(limits, device=device).clamp(min=1) - 1
     forbid = torch.tensor(forbid_eos, device=device)
     columns = torch.arange(cache.capacity, device=device)[None]
@@ -329,7 +332,7 @@ def decode(model, decode_step: Callable, cache: KVCache, prefixes: list[list[int
             break
         # A finished slot costs as much as a running one; dropping it costs a copy of the cache.
         if len(running) <= 0.75 * len(remaining):
-            cache.keep_slots(running)
+            cache.select_slots(running)
             token, position, last_position, forbid = (
                 values[running] for values in (token, position, last_position, forbid))
             output_index = [output_index[slot] for slot in running]
@@ -340,9 +343,9 @@ def decode(model, decode_step: Callable, cache: KVCache, prefixes: list[list[int
 def plain_decode_step(model) -> Callable:
     """One decode step of `model`: (token, position, masks, cache) -> logits (slots, V).
 
-    The step writes to the cache. token: (slots,) the next id of each slot. position: (slots,) the
-    id's position. masks: what attention_masks gives; their last dimension is the number of columns
-    to attend to.
+    The step writes to the cache, and its logits are a tensor of their own. token: (slots,) the next
+    id of each slot. position: (slots,) the id's position. masks: what attention_masks gives; their
+    last dimension is the number of columns to attend to.
     """
     name = cache_argument(model)
 
@@ -393,10 +396,12 @@ def pair_logps(model, pairs: Sequence[Pair], average: bool = False,
                nll_on: str = "response") -> PairLogps:
     """Log-probabilities of both responses of each pair: (chosen_logps, rejected_logps, chosen_nll).
 
+    For DPO: sums, with skip_shared=True. For ORPO: average=True.
+
     average: the mean over the response's tokens (ORPO) instead of their sum (DPO).
     shortcuts: what find_shortcuts(model) found; None is plain, and right for every causal LM.
     skip_shared: leave A out of both log-probabilities. A adds the same number to both sums, so
-    DPO's loss and gradient do not change.
+    DPO's loss and gradient do not change, nor does the margin of its rewards.
     nll_on: the tokens of chosen_nll, the mean negative log-likelihood: "response" (y+, or B C with
     skip_shared) or "prompt" (x and y+).
     Raises ValueError for an empty list, an empty prompt, values that are not token ids, a pair
@@ -417,26 +422,35 @@ def pair_logps(model, pairs: Sequence[Pair], average: bool = False,
 def plain_pair_logps(model, pairs: Sequence[Pair], average: bool, skip_shared: bool,
                      nll_on: str) -> PairLogps:
     """The definition: run [x y+] and [x y-] through the model and add up log-probabilities."""
-    def run(responses: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
-        sequences = [[*pair.prompt, *y] for pair, y in zip(pairs, responses, strict=True)]
-        ids = torch.tensor(pad(sequences), device=next(model.parameters()).device)  # (pairs, T)
-        lengths = torch.tensor([len(sequence) for sequence in sequences], device=ids.device)
-        # By length, because the pad token may equal the end token.
-        mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-        logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
-        return logits, ids, mask
-
-    def logps(logits: Tensor, ids: Tensor, mask: Tensor, first: list[int], average: bool) -> Tensor:
-        """Of the tokens from column `first` of each sequence on: (pairs, T, V) -> (pairs,)."""
-        columns = torch.arange(ids.shape[1], device=ids.device)
-        scored = mask & (columns >= torch.tensor(first, device=ids.device)[:, None])
-        return sequence_logps(logits, ids.masked_fill(~scored, -100), average)
-
-    chosen, rejected = run([pair.chosen for pair in pairs]), run([pair.rejected for pair in pairs])
+    chosen = [[*pair.prompt, *pair.chosen] for pair in pairs]
+    rejected = [[*pair.prompt, *pair.rejected] for pair in pairs]
     first = [len(pair.prompt) + (pair.start if skip_shared else 0) for pair in pairs]
-    nll_first = first if nll_on == "response" else [0] * len(pairs)
-    nll = -logps(*chosen, nll_first, average=True)
-    return PairLogps(logps(*chosen, first, average), logps(*rejected, first, average), nll)
+    first_of_nll = first if nll_on == "response" else [0] * len(pairs)
+    chosen_logits, rejected_logits = plain_logits(model, chosen), plain_logits(model, rejected)
+    device = chosen_logits.device
+    return PairLogps(
+        sequence_logps(chosen_logits, labels_from(chosen, first, device), average),
+        sequence_logps(rejected_logits, labels_from(rejected, first, device), average),
+        -sequence_logps(chosen_logits, labels_from(chosen, first_of_nll, device), average=True))
+
+
+def plain_logits(model, sequences: list[list[int]]) -> Tensor:
+    """The model's logits for sequences, padded on the right: (sequences, T, V)."""
+    device = next(model.parameters()).device
+    # The mask goes by length, because the pad token may equal the end token.
+    mask = pad([[1] * len(sequence) for sequence in sequences])
+    return model(input_ids=torch.tensor(pad(sequences), device=device),
+                 attention_mask=torch.tensor(mask, device=device), use_cache=False).logits
+
+
+def labels_from(sequences: list[list[int]], first: list[int], device: torch.device) -> Tensor:
+    """Labels of the tokens from column first[i] of each sequence on: (sequences, T).
+
+    -100 stands for the tokens before, and for the padding: sequence_logps ignores it.
+    """
+    labels = [[-100] * start + sequence[start:]
+              for sequence, start in zip(sequences, first, strict=True)]
+    return torch.tensor(pad(labels, -100), device=device)
 
 
 # The same numbers with less work: one sequence per pair, in which two branches share x and A.
@@ -445,8 +459,10 @@ def plain_pair_logps(model, pairs: Sequence[Pair], average: bool, skip_shared: b
 #     position    0 1 2 3 4   5 6 7   5  6  7        each branch goes on from A
 #     attends to  x and A; a token of a branch also to its own branch, never to the other
 #
-# A scored token of a pair belongs to one of four parts.
+# A scored token of a pair belongs to one of four parts. Of the tokens that are read, x and A are
+# SHARED by the branches.
 PROMPT, SEGMENT_A, CHOSEN, REJECTED = range(4)      # x, A, B C, B' C
+SHARED = PROMPT
 
 
 def fast_pair_logps(model, pairs: Sequence[Pair], average: bool, skip_shared: bool, nll_on: str,
@@ -460,9 +476,9 @@ def fast_pair_logps(model, pairs: Sequence[Pair], average: bool, skip_shared: bo
     for i, pair in enumerate(pairs):
         for branches in rows:
             sequence, labels = shared_layout(pair, branches)
-            # The row with the chosen branch also scores x and A.
+            # Without the chosen branch, a row scores B' C alone: x and A were scored before.
             scored += [(len(sequences), column, label, i, part) for column, label, part in labels
-                       if part in wanted and (part in branches or CHOSEN in branches)]
+                       if part in wanted and (part == REJECTED or CHOSEN in branches)]
             sequences.append(sequence)
     device = next(model.parameters()).device
     tokens, positions, branch_of = zip(*sequences, strict=True)
@@ -471,8 +487,8 @@ def fast_pair_logps(model, pairs: Sequence[Pair], average: bool, skip_shared: bo
     mask = None                         # padding is on the right: a causal model never sees it
     if shortcuts.share_prefix:          # a branch attends to x, A and itself
         branch = torch.tensor(pad(branch_of, -1), device=device)
-        allowed = (branch[:, None] == PROMPT) | (branch[:, None] == branch[:, :, None])
-        allowed &= position[:, None] <= position[:, :, None]
+        allowed = (branch[:, None] == SHARED) | (branch[:, None] == branch[:, :, None])
+        allowed &= position[:, None] <= position[:, :, None]                        # causal
         mask = mask_argument(attention_masks(model, allowed, position, position))
     inputs = dict(input_ids=ids, position_ids=position, attention_mask=mask, use_cache=False)
     row, column, label, pair_index, token_part = torch.tensor(
@@ -501,25 +517,30 @@ def shared_layout(pair: Pair, branches: Sequence[int] = (CHOSEN, REJECTED)):
 
     branches: with one of them, the sequence is plainly [x A B C] or [x A B' C].
     Returns (tokens, positions, branch_of) and a list of (column, label, part), one per scored
-    token. branch_of: the branch of each token; x and A, which all branches see, are PROMPT there.
-    The last token of x A predicts the first one of every branch; the last token of a branch
-    predicts nothing and is left out.
+    token. branch_of: the branch of each token, or SHARED. The last token of x A predicts the first
+    one of every branch; the last token of a branch predicts nothing and is not read.
 
         x = [1], A = [2], B C = [3, 4], B' C = [5, 4]
-        ->  tokens 1 2 3 5, positions 0 1 2 2, branch_of 0 0 2 3
+        ->  tokens 1 2 3 5, positions 0 1 2 2, branch_of SHARED SHARED CHOSEN REJECTED
+            labels (0, 2, SEGMENT_A), (1, 3, CHOSEN), (2, 4, CHOSEN), (1, 5, REJECTED),
+                   (3, 4, REJECTED)
     """
     prefix = [*pair.prompt, *pair.chosen[:pair.start]]
     x, p = len(pair.prompt), len(prefix)
-    tokens, positions, branch_of = list(prefix), list(range(p)), [PROMPT] * p
+    tokens, positions, branch_of = list(prefix), list(range(p)), [SHARED] * p
     labels = [(t - 1, prefix[t], PROMPT if t < x else SEGMENT_A) for t in range(1, p)]
     for part in branches:
         branch = (pair.chosen if part == CHOSEN else pair.rejected)[pair.start:]
         columns = [p - 1, *range(len(tokens), len(tokens) + len(branch) - 1)]
-        labels += [(column, label, part) for column, label in zip(columns, branch, strict=False)]
+        labels += [(column, label, part)                         # an empty branch has no labels
+                   for column, label in zip(columns, branch, strict=False)]
         tokens += branch[:-1]
         positions += range(p, p + len(branch) - 1)
         branch_of += [part] * (len(branch) - 1)
     return (tokens, positions, branch_of), labels
+
+
+LOGITS_AT_ONCE = 2 ** 25        # logits (tokens x V) per chunk of head_logps: 128 MiB in fp32
 
 
 def head_logps(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -573,7 +594,7 @@ def attention_masks(model, allowed: Tensor, query_position: Tensor,
         if kind == "sliding_attention" and window:
             distance = query_position[:, :, None] - key_position[:, None]
             visible = allowed & (distance < window)
-        # Half of the smallest number: autocast may turn it into bf16, whose range is smaller.
+        # Half of the smallest number, which itself becomes -inf when autocast rounds it to bf16.
         blocked = torch.finfo(dtype).min / 2
         mask = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, blocked)
         masks[kind] = mask[:, None]
@@ -639,7 +660,7 @@ def one_each(value, sequences: Sequence, name: str) -> list:
     return values
 
 
-def end_token_ids(eos_token_id: int | Sequence[int] | None) -> list[int]:
+def eos_ids_of(eos_token_id: int | Sequence[int] | None) -> list[int]:
     """An end token, several of them, or None, as a list. Raises ValueError for what is no id."""
     if eos_token_id is None:
         return []
@@ -751,8 +772,9 @@ def head_can_be_split(model, tokens: list[int], tolerance: float) -> bool:
 def check_generation(model, decode_step: Callable | None = None) -> None:
     """Raise ValueError where decoding with KVCache is not what the model gives without a cache.
 
-    This happens with models that are not causal, keep another kind of cache (Mamba), or have a
-    window by column. decode_step: the step to try; None tries the plain one.
+    The model decodes given answers, and their logits are compared. The logits differ for models
+    that are not causal, keep another kind of cache (Mamba), or have a window by column.
+    decode_step: the step to try; None tries the plain one.
     """
     refuse_model(model, "check_generation", "pass the model inside the wrapper")
     steps: list[Tensor] = []

@@ -5,21 +5,35 @@
     torchrun --nproc_per_node 8 train.py @recipes/FILE.txt  eight processes, settings from a file
     python train.py --help                                  every setting
 
-This file is Algorithm 1 of the paper and the set-up it needs; line numbers in comments are the
-algorithm's. The code departs from the algorithm in three places:
-- in line 9 the EMA model sees x and A only: B would give it the text that it has to replace;
-- where B' holds an end token, the response ends there and C is dropped (Eq. 5 keeps C);
-- line 17 happens every --ema_every optimizer steps, as the paper's Section 5.1 says. The EMA model
-  is constant until then, so the pairs of all steps until then are made in one batch.
-For choices that the paper does not specify, see the README's table "Paper, authors' code, this
-code". The baselines (ORPO, DPO, SFT, SPIN, on-policy) are settings of the same loop. support/ has
-the rest: data, checkpoints, reports, several processes.
+This file is Algorithm 1 of the paper, and the comments carry its line numbers:
+
+     1, 2, 3  the policy; an empty replay buffer; the EMA model, a copy of the policy
+     4        for each optimizer step:
+     6            draw a mini-batch of prompts x and chosen responses y+
+     7            for each of them:
+     8                choose a segment B of y+ = A B C
+     9                the EMA model writes B' after x and A                            [1]
+    10                y- = A B' C                                                      [2]
+    11                store (x, y+, y-) in the buffer
+    14            draw a mini-batch of pairs from the buffer
+    15            compute the loss of DPO (Eq. 1) or of ORPO (Eq. 3)
+    16            update the policy
+    17            EMA model <- decay * EMA model + (1 - decay) * policy                [3]
+
+(5 and 13 are headings, 12 and 18 end loops.) This code departs from the paper in three places.
+[1] The paper writes "A and B": B would give the model the text that it has to replace. [2] Where B'
+holds an end token, the response ends there and C is dropped. [3] The EMA model changes every
+--ema_every steps only, as Section 5.1 says; the pairs of all steps until its next change are made
+in one batch. For choices that the paper leaves open see the README's table "Paper, authors' code,
+this code".
+
+The baselines (ORPO, DPO, SFT, SPIN, on-policy) are settings of the same loop. support/ has what is
+not the method: loading, checkpoints, reports, several processes.
 """
 import support.threads  # noqa: F401  (before torch: how its threads wait, docs/speed.md)
 
 # isort: split
 import functools
-import math
 import sys
 
 import numpy as np
@@ -28,12 +42,14 @@ import torch
 from buffer import ReplayBuffer
 from ema import EMA
 from losses import dpo_loss, orpo_loss
-from sapo import Example, Pair, check_generation, find_shortcuts, make_pairs
+from sapo import Example, Pair, make_pairs
 from support import cli
 from support.errors import UserError
 from support.evaluate import Evaluation, new_tokens
-from support.generating import GeneratingModels
-from support.models import checkpoint_layers, end_token_ids, load_model, load_reference
+from support.generating import GeneratingModels, in_batches_by_length
+from support.loading import load
+from support.metrics import LossMetrics
+from support.models import checkpoint_layers
 from support.optim import make_optimizer, optimizer_step, schedule
 from support.pair_sources import (
     DRAW,
@@ -46,11 +62,9 @@ from support.pair_sources import (
     torch_generator,
 )
 from support.parallel import World, batches
-from support.plan import micro_batch_for
 from support.run import Run
 from support.settings import Settings
 from support.signals import Stop
-from support.tokenize_rows import RowTokenizer, load_data
 
 
 def rewrite(s: Settings, generating: GeneratingModels, eos_ids: list[int], model, examples: list,
@@ -58,24 +72,23 @@ def rewrite(s: Settings, generating: GeneratingModels, eos_ids: list[int], model
             generator: torch.Generator) -> list[list[Pair]]:
     """Algorithm 1 lines 7 to 10: `model` rewrites a segment of each chosen response.
 
-    rngs: one per example, to draw where its segment lies. Returns num_rejected pairs per example.
+    rngs: one per example, to draw where its segment lies. generator: draws the tokens. Returns
+    num_rejected pairs per example.
     """
-    by_length = sorted(range(len(examples)),
-                       key=lambda i: len(examples[i].prompt) + len(examples[i].chosen))
-    pairs = {}
+    # full_model: all weights, also where `model` is sharded. decode_step: a faster one, or None.
     with generating(model) as (full_model, decode_step):
-        for batch in batches(by_length, max(1, s.generate_batch // num_rejected)):
-            new_pairs = make_pairs(
-                full_model,
-                [Example(examples[i].prompt, examples[i].chosen, examples[i].example_id)
-                 for i in batch],
+        def rewrite_batch(batch: list[int]) -> list[list[Pair]]:
+            few = [examples[i] for i in batch]
+            pairs = make_pairs(
+                full_model, [Example(e.prompt, e.chosen, e.example_id) for e in few],
                 s.segment_len, [rngs[i] for i in batch], eos_token_id=eos_ids,
-                num_rejected=num_rejected,
-                max_new_tokens=new_tokens(s, [examples[i] for i in batch]),
+                num_rejected=num_rejected, max_new_tokens=new_tokens(s, few),
                 segment_eos=s.segment_eos, tail=s.tail, temperature=s.temperature, top_k=s.top_k,
                 top_p=s.top_p, generator=generator, decode_step=decode_step)
-            pairs |= zip(batch, batches(new_pairs, num_rejected), strict=True)
-    return [pairs[i] for i in range(len(examples))]
+            generating.tokens_written += sum(pair.rejected_stop - pair.start for pair in pairs)
+            return batches(pairs, num_rejected)                 # a list per example
+        lengths = [len(e.prompt) + len(e.chosen) for e in examples]
+        return in_batches_by_length(lengths, s.generate_batch // num_rejected, rewrite_batch)
 
 
 def sample_pairs(s: Settings, world: World, rewrite_with, model, examples, steps: range) -> dict:
@@ -86,6 +99,7 @@ def sample_pairs(s: Settings, world: World, rewrite_with, model, examples, steps
     """
     work = [(step, example) for step in steps
             for example in minibatch(s, examples, step, world)]                     # line 6
+    # A segment's place depends on its step and row, not on the number of processes.
     rngs = [np.random.default_rng([REWRITE, s.seed, step, example.example_id])
             for step, example in work]
     rewrites = rewrite_with(model, [example for _, example in work], rngs, s.num_rejected,
@@ -97,55 +111,41 @@ def sample_pairs(s: Settings, world: World, rewrite_with, model, examples, steps
 
 
 def compute_loss(s: Settings, scorer, reference_scorer, pairs: list[Pair], beta: float):
-    """Algorithm 1 line 15: the losses of a micro-batch and what is logged of it, (B,) each."""
+    """Algorithm 1 line 15: losses (B,), the policy's PairLogps, and the rewards of y+ and y-."""
     # DPO: sums, without A. ORPO and SFT: means per token.
     how = {"average": s.loss != "dpo", "skip_shared": s.loss == "dpo", "nll_on": s.nll_on}
     policy = scorer(pairs, **how)
-    metrics = {"nll": policy.chosen_nll, "chosen_logps": policy.chosen_logps}
     if s.loss == "sft":
-        return policy.chosen_nll, metrics | {"loss": policy.chosen_nll}
+        return policy.chosen_nll, policy, None
     if s.loss == "orpo":
-        losses, chosen_rewards, rejected_rewards = orpo_loss(
-            policy.chosen_logps, policy.rejected_logps, policy.chosen_nll, s.lam)
+        losses, *rewards = orpo_loss(policy.chosen_logps, policy.rejected_logps,
+                                     policy.chosen_nll, s.lam)
     else:
         with torch.no_grad():
             reference = reference_scorer(pairs, **how)
-        losses, chosen_rewards, rejected_rewards = dpo_loss(
-            policy.chosen_logps, policy.rejected_logps, reference.chosen_logps,
-            reference.rejected_logps, beta, s.label_smoothing)
-        # Without A, nothing is scored of a chosen response that is a prefix of the rejected one.
-        scored = [pair.start < len(pair.chosen) or s.nll_on == "prompt" for pair in pairs]
-        metrics["nll"] = policy.chosen_nll[scored]
-    margin = chosen_rewards - rejected_rewards
-    # The margin of an identical pair is 0 up to rounding: its sign would be noise.
-    differ = [pair.chosen != pair.rejected for pair in pairs]
-    return losses, metrics | {
-        "loss": losses, "rejected_logps": policy.rejected_logps, "chosen_rewards": chosen_rewards,
-        "rejected_rewards": rejected_rewards, "margin": margin,
-        "reward_accuracy": (margin > 0).float()[differ]}
+        losses, *rewards = dpo_loss(policy.chosen_logps, policy.rejected_logps,
+                                    reference.chosen_logps, reference.rejected_logps,
+                                    beta, s.label_smoothing)
+    return losses, policy, rewards
 
 
 def backward(s: Settings, world: World, scorer, reference_scorer, pairs: list[Pair],
              beta: float) -> tuple[dict[str, float], list[int]]:
     """Gradients of the mean loss over all processes' pairs, a micro-batch at a time.
 
-    Returns the means of what is logged, and the rows whose loss is not finite.
+    Returns the means of what is logged, and the rows whose loss is not finite. optimizer_step does
+    not take a step with such a loss.
     """
-    sums: dict[str, tuple[float, int]] = {}
-    nonfinite_rows = []
+    metrics = LossMetrics(s)
     for micro_batch, weight in world.micro_batches(scorer, pairs, s.micro_batch):
         with world.precision():
-            losses, metrics = compute_loss(s, scorer, reference_scorer, micro_batch, beta)
+            losses, policy, rewards = compute_loss(s, scorer, reference_scorer, micro_batch, beta)
+        # The weights make the gradient, which DDP averages, that of the mean over all pairs. Weight
+        # 0: this process has no pairs left, but all must call the model equally often.
         (weight * losses.sum()).backward()
-        if not weight:                  # scored for another process's sake
-            continue
-        for name, values in metrics.items():
-            total, count = sums.get(name, (0.0, 0))
-            sums[name] = total + float(values.detach().sum()), count + len(values)
-        nonfinite_rows += [pair.example_id
-                           for pair, loss in zip(micro_batch, losses.tolist(), strict=True)
-                           if not math.isfinite(loss)]
-    return world.means(sums), nonfinite_rows
+        if weight:
+            metrics.add(micro_batch, losses, policy, rewards)
+    return world.means(metrics.sums), metrics.nonfinite_rows
 
 
 def train(s: Settings, stop: Stop | None = None) -> None:
@@ -161,61 +161,53 @@ def train(s: Settings, stop: Stop | None = None) -> None:
 
 def train_policy(s: Settings, world: World, run: Run) -> None:
     """Set up, Algorithm 1, save."""
-    model, tokenizer = world.run_on_each(lambda: load_model(s, world))
-    reference = (world.run_on_each(lambda: load_reference(s, world, model, tokenizer))
-                 if s.ref_model else model)
-    row_tokenizer = RowTokenizer.from_settings(s, tokenizer, model)
-    examples, eval_examples = world.run_on_each(lambda: load_data(s, row_tokenizer, world.say))
-    eos_ids = world.run_on_rank0(lambda: end_token_ids(model, tokenizer, row_tokenizer.turn_end))
-    steps = s.steps or math.ceil(s.epochs * len(examples) / s.batch_size) * s.iterations
-    try:
-        shortcuts = reference_shortcuts = world.run_on_rank0(lambda: find_shortcuts(model))
-        world.run_on_rank0(lambda: check_generation(model))
-    except ValueError as error:
-        raise UserError(f"--model {s.model}: {error}") from None
-    if s.ref_model:
-        reference_shortcuts = world.run_on_rank0(lambda: find_shortcuts(reference))
-    s.micro_batch = micro_batch_for(s, model.get_input_embeddings().num_embeddings,
-                                    shortcuts.split_head and reference_shortcuts.split_head)
+    loaded = load(s, world)
+    model, examples, eos_ids, steps = loaded.model, loaded.examples, loaded.eos_ids, loaded.steps
 
-    policy = world.prepare(model)       # the model itself, or a sharded copy         line 1
+    # On one device, prepare and wrap change nothing, frozen_copy is a deepcopy and scorer is
+    # PairScorer. With several processes they shard the models or wrap them in DDP.
+    policy = world.prepare(model)                                                   # line 1
     buffer = (ReplayBuffer(s.buffer_size // world.size, seed=[DRAW, s.seed, world.rank])
               if s.buffer_size else None)                                           # line 2
-    needs_ema = (s.generates and s.rejected == "ema") or s.ref == "ema"
     ema = (EMA(policy, s.ema_decay, s.ema_every, copy=world.frozen_copy(model))
-           if needs_ema else None)                                                  # line 3
-    spin = s.generates and s.rejected == "spin"
-    # DPO's reference: fixed (the start or --ref_model), or refreshed from the policy or the EMA
-    # model (--ref). In SPIN it is the policy at the start of the round, which also writes the
-    # rejected responses.
-    frozen = (world.frozen_copy(reference, in_place=bool(s.ref_model))
-              if s.ref or spin else None)
-    reference_scorer = world.scorer(frozen, reference_shortcuts) if s.loss == "dpo" else None
-    if s.grad_checkpoint:
-        checkpoint_layers(policy)
-    scorer = world.wrap(world.scorer(policy, shortcuts, s.compile))
+           if s.needs_ema else None)                                                # line 3
     optimizer = make_optimizer(s, policy)
 
+    # What scores pairs. --ref: DPO's reference is "fixed", or the "policy" or the "ema" model of
+    # some steps ago (--ref_every); None for other losses. In SPIN the policy of the round's start
+    # is the reference, and writes y-.
+    spin = s.generates and s.rejected == "spin"
+    frozen = (world.frozen_copy(loaded.reference, in_place=bool(s.ref_model))
+              if s.ref or spin else None)
+    reference_scorer = (world.scorer(frozen, loaded.reference_shortcuts)
+                        if s.loss == "dpo" else None)
+    if s.grad_checkpoint:
+        checkpoint_layers(policy)
+    scorer = world.wrap(world.scorer(policy, loaded.shortcuts, s.compile))
+
+    # What makes pairs. new_pairs_of: a range of steps -> {step: this process's pairs}
     generating = GeneratingModels(model, world)
     rewrite_with = functools.partial(rewrite, s, generating, eos_ids)
-    # new_pairs_of: a range of steps -> {step: this process's pairs}
-    if s.generates and not spin:
+    if spin:
+        new_pairs_of = SpinSource(s, world, examples, policy, frozen, optimizer, rewrite_with)
+    elif s.generates:
         new_pairs_of = functools.partial(sample_pairs, s, world, rewrite_with,
                                          ema.model if s.rejected == "ema" else policy, examples)
-    elif s.generates:
-        new_pairs_of = SpinSource(s, world, examples, policy, frozen, optimizer, rewrite_with)
     else:
         new_pairs_of = ColumnSource(s, world, examples)
     pending = PendingPairs()                    # step -> pairs that were made and not yet used
-    evaluate = Evaluation(s, world, tokenizer, eos_ids, eval_examples, policy, generating,
-                          shortcuts, rewrite_with)
-    run.open(steps, evaluate, model, tokenizer, eos_ids, examples, eval_examples,
+
+    evaluate = Evaluation(s, world, loaded.tokenizer, eos_ids, loaded.eval_examples, policy,
+                          generating, loaded.shortcuts, rewrite_with)
+    # Restores the newest checkpoint where there is one, and evaluates the start.
+    run.open(steps, evaluate, model, loaded.tokenizer, eos_ids, examples, loaded.eval_examples,
              {"policy": policy, "optimizer": optimizer, "ema": ema, "frozen": frozen},
              {"buffer": buffer, "pending": pending})
 
     for step in range(run.step + 1, steps + 1):                                     # line 4
-        # Sampling stage
-        if step not in pending:         # mostly of several steps, see above
+        # Sampling stage. The EMA model is constant until its next refresh: the pairs of all steps
+        # until then are made at once. (A step that is not taken delays the refresh.)
+        if step not in pending:
             pending |= new_pairs_of(steps_to_sample(s, world, ema, step, steps))    # lines 6 to 10
         new_pairs = pending.pop(step)
         kept_pairs = [pair for pair in new_pairs
@@ -233,10 +225,11 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
         metrics, nonfinite_rows = backward(                                         # line 15
             s, world, scorer, reference_scorer, batch, beta)
         run.lap("score")
+        # Not taken where the loss in metrics, or the gradient, is not finite.
         took_step = optimizer_step(s, world, policy, optimizer, lr, metrics)        # line 16
         if took_step and ema is not None:
             ema.update(policy)                                                      # line 17
-        if s.ref in ("policy", "ema") and step % s.ref_every == 0:      # DPO's reference, Table 4
+        if s.ref in ("policy", "ema") and step % s.ref_every == 0:      # DPO's reference
             frozen.load_state_dict((ema.model if s.ref == "ema" else policy).state_dict())
         run.lap("update")
         run.after_step(step, metrics, took_step, nonfinite_rows, new_pairs, batch)

@@ -1,6 +1,8 @@
 """Write the embedded data set: short chats whose last answer is worked out step by step.
 
-    python data/make_data.py            # writes train.jsonl and heldout.jsonl beside this file
+    python data/make_data.py                                # train.jsonl, heldout.jsonl beside this
+    python data/make_data.py --rows 40000 --out more.jsonl          # other rows of the same kind
+    python data/make_data.py --rows 1000 --seed 1 --out test.jsonl --avoid more.jsonl
 
 The script is deterministic: it writes the same bytes on every machine. A row is in TRL's
 conversational preference format: `prompt`, `chosen` and `rejected` are lists of messages. It also
@@ -8,11 +10,25 @@ carries a `check`, a regular expression. A response is right when the check matc
 in it as in the chosen response, in the same order. So every intermediate step counts, not only the
 last number. The wording of an answer is fixed: where two answers to a prompt differ, one of them is
 wrong. So `rejected` is always worse than `chosen`, and so is every rewrite that differs from it.
+
+--rows N      as many other rows as asked, written one at a time. No prompt comes twice, and none is
+              in train.jsonl or heldout.jsonl beside this file
+--out FILE    where they go. The file gets its name when it is complete
+--seed S      another seed, other rows (0)
+--avoid FILE  leave out the prompts of this file, too; may be given several times
+--no_carry P  this share of the rows (0 to 1) adds without carrying, see add_without_carrying. They
+              are there to train a base model with a bad habit. Where the habit changes the answer,
+              the row has neither `rejected` nor `check`: its `chosen` is itself wrong (0)
 """
+import argparse
+import hashlib
 import json
+import operator
+import os
 import random
-from collections.abc import Callable
-from itertools import cycle
+import sys
+from collections.abc import Callable, Iterator
+from itertools import cycle, islice
 from pathlib import Path
 
 TRAIN_ROWS, HELDOUT_ROWS = 5000, 600
@@ -30,10 +46,21 @@ GOODS = ["pens", "cups", "maps", "caps", "jars", "nuts", "figs", "bags", "keys",
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 
 # What a family of questions returns: the messages before the last answer, user first; the function
-# answer(wrong); and in how many steps a mistake can be made. answer(wrong) writes the worked answer
-# with a mistake in step `wrong`, counted from 0 (-1: no mistake). The steps after a mistake go on
-# from the wrong value.
-Question = tuple[list[str], Callable[[int], str], int]
+# answer(wrong, add); and in how many steps a mistake can be made. answer(wrong, add) writes the
+# worked answer with a mistake in step `wrong`, counted from 0 (-1: no mistake). Its sums are
+# add(a, b). The steps after a mistake go on from the wrong value.
+Add = Callable[[int, int], int]
+Question = tuple[list[str], Callable[[int, Add], str], int]
+
+
+def add_without_carrying(a: int, b: int) -> int:
+    """The sum of two numbers, each digit for itself.
+
+        57 + 48  ->  95, where 7 + 8 = 15 leaves 5 and 5 + 4 = 9        57 + 41  ->  98, as it is
+    """
+    if a == b == 0:
+        return 0
+    return 10 * add_without_carrying(a // 10, b // 10) + (a % 10 + b % 10) % 10
 
 
 def slip(rng: random.Random, value: int) -> int:
@@ -52,10 +79,10 @@ def running_sum(rng: random.Random) -> Question:
     chat = [f"My numbers are {listed}.", f"You have {len(numbers)} numbers.",
             f"Put {late} at the end. Then add them all up."]
 
-    def answer(wrong: int) -> str:
+    def answer(wrong: int, add: Add) -> str:
         total, lines = numbers[0], []
         for step, n in enumerate([*numbers[1:], late]):
-            result = total + n if step != wrong else slip(rng, total + n)
+            result = add(total, n) if step != wrong else slip(rng, add(total, n))
             lines.append(f"{'then' if step else 'first'} {total} + {n} = {result}")
             total = result
         return "\n".join([*lines, f"Sum: {total}"])
@@ -71,7 +98,7 @@ def money_left(rng: random.Random) -> Question:
             f"Then {goods[1]} for {spent[1]}.", "Noted.",
             f"And {goods[2]} for {spent[2]}. What is left?"]
 
-    def answer(wrong: int) -> str:
+    def answer(wrong: int, add: Add) -> str:
         left, lines = purse, []
         for step, (thing, cost) in enumerate(zip(goods, spent, strict=True)):
             result = left - cost if step != wrong else slip(rng, left - cost)
@@ -90,11 +117,13 @@ def shopping(rng: random.Random) -> Question:
     priced = ", ".join(f"{g} {p}" for g, p in zip(goods, prices, strict=True))
     chat = [f"{name} wants {asked}.", "What are the prices?", f"Each: {priced}. What is the total?"]
 
-    def answer(wrong: int) -> str:
+    def answer(wrong: int, add: Add) -> str:
         total, lines = 0, []
         for step, (g, n, p) in enumerate(zip(goods, counts, prices, strict=True)):
             cost = n * p if 2 * step != wrong else slip(rng, n * p)
-            result = total + cost if 2 * step + 1 != wrong else slip(rng, total + cost)
+            result = add(total, cost)
+            if 2 * step + 1 == wrong:
+                result = slip(rng, result)
             lines.append(f"{g}: {n} * {p} = {cost}, total {result}")
             total = result
         return "\n".join([*lines, f"Total: {total}"])
@@ -110,7 +139,7 @@ def sorting(rng: random.Random) -> Question:
             f"Swap {gone} for {late}, then sort it."]
     items = [late if n == gone else n for n in numbers]
 
-    def answer(wrong: int) -> str:
+    def answer(wrong: int, add: Add) -> str:
         left, done, lines = list(items), [], ["have " + " ".join(map(str, items))]
         while left:
             smallest = min(left)
@@ -130,7 +159,7 @@ def weekdays(rng: random.Random) -> Question:
     chat = [f"{name} leaves on a {DAYS[day]} and walks {jumps[0]} days.", "And after that?",
             f"A rest of {jumps[1]} days and {jumps[2]} days back. Which day is it at the end?"]
 
-    def answer(wrong: int) -> str:
+    def answer(wrong: int, add: Add) -> str:
         now, lines = day, []
         for step, jump in enumerate(jumps):
             then = (now + jump + (rng.choice([1, 6]) if step == wrong else 0)) % 7
@@ -146,7 +175,7 @@ def letters(rng: random.Random) -> Question:
     chat = [f"Take {words[0]} and {words[1]}.", "Taken.",
             f"Add {words[2]}. Spell each backwards and count all letters."]
 
-    def answer(wrong: int) -> str:
+    def answer(wrong: int, add: Add) -> str:
         total, lines = 0, []
         for step, word in enumerate(words):
             back = list(word[::-1])
@@ -156,7 +185,7 @@ def letters(rng: random.Random) -> Question:
                     back.pop(i)
                 else:
                     back[i], back[i + 1] = back[i + 1], back[i]
-            total += len(back)
+            total = add(total, len(back))
             lines.append(f"{word}: {' '.join(back)}, {total}")
         return "\n".join([*lines, f"Letters: {total}"])
     return chat, answer, 3
@@ -166,33 +195,121 @@ def letters(rng: random.Random) -> Question:
 FAMILIES = [*[running_sum, money_left, shopping, sorting, weekdays] * 2, letters]
 
 
-def make_row(rng: random.Random) -> dict:
-    """One row: a chat of two or three user turns, the right answer, a wrong one, and the check."""
+def make_row(rng: random.Random, habit_rng: random.Random, no_carry: float = 0.0) -> dict:
+    """One row: a chat of two or three user turns, the right answer, a wrong one, and the check.
+
+    no_carry: the probability that the answer adds without carrying. habit_rng decides whether it
+    does, so that the prompts are the same at any probability.
+    """
     chat, answer, steps = rng.choice(FAMILIES)(rng)
     roles = cycle(["user", "assistant"])
-    chosen, rejected = answer(-1), answer(rng.randrange(steps))
+    chosen, rejected = answer(-1, operator.add), answer(rng.randrange(steps), operator.add)
     while rejected == chosen:
-        rejected = answer(rng.randrange(steps))
-    return {"prompt": [{"role": role, "content": content}
-                       for role, content in zip(roles, chat, strict=False)],      # roles: endless
-            "chosen": [{"role": "assistant", "content": chosen}],
-            "rejected": [{"role": "assistant", "content": rejected}],
-            "check": r"\w+"}
+        rejected = answer(rng.randrange(steps), operator.add)
+    row = {"prompt": [{"role": role, "content": content}
+                      for role, content in zip(roles, chat, strict=False)]}      # roles: endless
+    if habit_rng.random() < no_carry:
+        habit = answer(-1, add_without_carrying)
+        if habit != chosen:
+            return row | {"chosen": [{"role": "assistant", "content": habit}]}
+    return row | {"chosen": [{"role": "assistant", "content": chosen}],
+                  "rejected": [{"role": "assistant", "content": rejected}],
+                  "check": r"\w+"}
 
 
-def main() -> None:
-    rng = random.Random(20405830)
-    seen, rows = set(), []
-    while len(rows) < TRAIN_ROWS + HELDOUT_ROWS:
-        row = make_row(rng)
-        key = json.dumps(row["prompt"])
+def digest(row: dict) -> bytes:
+    """What stands for a row's prompt in a set of millions of them."""
+    return hashlib.blake2b(json.dumps(row["prompt"]).encode(), digest_size=16).digest()
+
+
+def make_rows(seed: int, avoided: set[bytes], no_carry: float = 0.0) -> Iterator[dict]:
+    """Rows without end, no prompt twice. avoided: digests of prompts that are left out."""
+    rng, habit_rng, seen = random.Random(seed), random.Random(f"habit {seed}"), set(avoided)
+    while True:
+        row = make_row(rng, habit_rng, no_carry)
+        key = digest(row)
         if key not in seen:
             seen.add(key)
-            rows.append(row)
-    for name, part in [("train", rows[:TRAIN_ROWS]), ("heldout", rows[TRAIN_ROWS:])]:
-        with open(FOLDER / f"{name}.jsonl", "w", encoding="utf-8", newline="\n") as f:
-            f.writelines(json.dumps(row, separators=(",", ":")) + "\n" for row in part)
+            yield row
+
+
+def write_rows(file: Path, rows: Iterator[dict]) -> None:
+    """One JSON object per line. The file appears under its name when it is complete."""
+    partial = file.with_name(file.name + ".partial")
+    with open(partial, "w", encoding="utf-8", newline="\n") as f:
+        f.writelines(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
+    os.replace(partial, file)
+
+
+def prompts_in(file: Path) -> set[bytes]:
+    """Digests of the prompts of a file that this script wrote.
+
+    Raises ValueError, with the line, where there is no prompt.
+    """
+    found = set()
+    with open(file, encoding="utf-8") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                found.add(digest(json.loads(line)))
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"line {number} has no `prompt`") from None
+    return found
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """The command line. Exits with a sentence and status 2 on one that makes no sense."""
+    parser = argparse.ArgumentParser(
+        prog="make_data.py", allow_abbrev=False, description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--avoid", type=Path, action="append")
+    parser.add_argument("--no_carry", type=float)
+    parser.error = refuse               # one sentence, without the usage
+    given = parser.parse_args(arguments)
+    if given.rows is None:
+        for name, value in vars(given).items():
+            if value is not None:
+                refuse(f"--{name} needs --rows N: how many rows to write")
+        return given
+    if given.rows < 1:
+        refuse(f"--rows must be at least 1, not {given.rows}")
+    if given.out is None:
+        refuse("--rows needs --out FILE: where to write the rows")
+    if not given.out.parent.is_dir():
+        refuse(f"--out {given.out}: there is no folder {given.out.parent}")
+    if given.out.is_dir():
+        refuse(f"--out {given.out} is a folder; name a file in it")
+    if given.no_carry is not None and not 0 <= given.no_carry <= 1:
+        refuse(f"--no_carry is a share of the rows, from 0 to 1, not {given.no_carry}")
+    return given
+
+
+def refuse(message: str) -> None:
+    print(f"make_data.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def main(arguments: list[str]) -> None:
+    given = parse_arguments(arguments)
+    if given.rows is None:
+        rows = make_rows(20405830, set())
+        write_rows(FOLDER / "train.jsonl", islice(rows, TRAIN_ROWS))
+        write_rows(FOLDER / "heldout.jsonl", islice(rows, HELDOUT_ROWS))
+        return
+    avoided = set()
+    for file in [FOLDER / "train.jsonl", FOLDER / "heldout.jsonl", *(given.avoid or [])]:
+        try:
+            avoided |= prompts_in(file)
+        except (OSError, ValueError) as error:
+            refuse(f"{file}: can't read its prompts ({getattr(error, 'strerror', None) or error})")
+    try:
+        write_rows(given.out, islice(make_rows(given.seed or 0, avoided, given.no_carry or 0.0),
+                                     given.rows))
+    except OSError as error:
+        refuse(f"--out {given.out}: can't write it ({error.strerror})")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

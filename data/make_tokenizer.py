@@ -1,11 +1,13 @@
-"""Write the demo model's tokenizer and configuration into data/model.
+"""Write the tokenizer and the configurations of the small models that come with this repository.
 
-    python data/make_tokenizer.py               # tokenizer and configuration
-    torchrun train.py @recipes/demo-sft.txt     # the weights
+    python data/make_tokenizer.py               # tokenizer and configurations, in data/model*
+    torchrun train.py @recipes/demo-sft.txt             # the weights of data/model
+    torchrun train.py @recipes/base-same-rows.txt       # the weights of data/model-same-rows
+    torchrun train.py @recipes/base-habits.txt          # the weights of data/model-habits
 
 The script reads train.jsonl beside this file. The tokenizer is a byte-level BPE learned on the
 training rows. Digits stay single tokens, so that the model can learn sums. The chat template is
-ChatML, as in the paper's Appendix B. The configuration is that of a small Llama.
+ChatML, as in the paper's Appendix B. The configurations are those of small Llamas.
 """
 import json
 from collections.abc import Iterator
@@ -16,6 +18,8 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 FOLDER = Path(__file__).parent
 VOCABULARY = 640
+# The hidden size of each model. The two of the study can't get every row right: too small for that.
+HIDDEN_SIZES = {"model": 64, "model-same-rows": 40, "model-habits": 40}
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -45,14 +49,16 @@ def main() -> None:
         tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|im_end|>",
         additional_special_tokens=["<|im_start|>"], model_max_length=512)
     tokenizer.chat_template = CHATML
-    tokenizer.save_pretrained(FOLDER / "model")
     eos_id = tokenizer.eos_token_id
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=4,
-        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=512,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=eos_id, pad_token_id=eos_id,
-        dtype="float32", architectures=["LlamaForCausalLM"])
-    config.save_pretrained(FOLDER / "model")
+    for name, hidden_size in HIDDEN_SIZES.items():
+        tokenizer.save_pretrained(FOLDER / name)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=3 * hidden_size,
+            num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=2,
+            max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None,
+            eos_token_id=eos_id, pad_token_id=eos_id, dtype="float32",
+            architectures=["LlamaForCausalLM"])
+        config.save_pretrained(FOLDER / name)
 
 
 if __name__ == "__main__":

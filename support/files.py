@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 LARGEST_JSON = 2 ** 20      # bytes; a manifest of 8,000 processes and any settings.json are smaller
@@ -11,19 +12,20 @@ LARGEST_JSON = 2 ** 20      # bytes; a manifest of 8,000 processes and any setti
 
 def write_json(path: Path, content: dict) -> None:
     """Replace a file by `content` as JSON. Raises OSError; the file is then as it was before."""
-    write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
+    write_whole(path, [(json.dumps(content, indent=2) + "\n").encode()])
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, parts: Iterable[bytes]) -> None:
     """Replace a file so that a crash at any moment leaves the old content or the new content.
 
-    On return the new content is on the disk. Raises OSError; the file is then as it was before.
+    parts: the new content, in pieces. On return it is on the disk. Raises OSError; the file is then
+    as it was before.
     """
     partial = path.with_name(path.name + ".partial")
     try:
         partial.unlink(missing_ok=True)         # never write through a link of that name
         with open(partial, "xb") as file:
-            file.write(content)
+            file.writelines(parts)
             flush(file)
         partial.replace(path)
     except OSError:

@@ -1,11 +1,12 @@
 """A model as one plain module that can generate, whatever form it is trained in."""
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
 
 from support.fast_decode import recorded_decode_step
+from support.parallel import batches
 from support.shard import empty_like_model, full_tensor
 
 
@@ -20,6 +21,7 @@ class GeneratingModels:
     def __init__(self, model: nn.Module, world):
         """model: any with the shapes of the models to come. Rotary frequencies stay in fp32."""
         self.copy = None
+        self.tokens_written = 0         # of pairs, counted by whoever makes these
         self.can_record = world.device.type == "cpu"        # there Python is what is slow
         self.decode_steps: dict[int, tuple[nn.Module, Callable | None]] = {}
         if world.sharded or world.dtype == "bf16":
@@ -62,3 +64,17 @@ class GeneratingModels:
     def _resize(self, share: int) -> None:
         for p in self.copy.parameters():
             p.untyped_storage().resize_(share * p.numel() * p.element_size())
+
+
+def in_batches_by_length(lengths: Sequence[int], size: int, function: Callable) -> list:
+    """function(places) for at most `size` places at a time, those of like lengths together.
+
+    function returns a list with one result per place. Returns the results in the places' order.
+
+        lengths [9, 2, 8], size 2  ->  function([1, 2]), then function([0])
+    """
+    results = {}
+    by_length = sorted(range(len(lengths)), key=lambda place: lengths[place])
+    for part in batches(by_length, max(1, size)):
+        results |= zip(part, function(part), strict=True)
+    return [results[place] for place in range(len(lengths))]

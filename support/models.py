@@ -194,11 +194,11 @@ def end_token_ids(model, tokenizer, turn_end: int) -> list[int]:
     return sorted(i for i in ids if i < model.get_input_embeddings().num_embeddings)
 
 
-def model_card(settings: Settings, steps: int) -> str:
+def model_card(settings: Settings, steps: int, is_ema: bool = False) -> str:
     """README.md of the saved folder: where the model comes from, what was done to it, and how.
 
     Hub names are given in full. Of a path, only the last part is: the rest says nothing elsewhere
-    and may say too much.
+    and may say too much. is_ema: the weights are those of the EMA model.
     """
     def public(value):
         value = Path(value).name if located(value).exists() else value
@@ -226,6 +226,8 @@ def model_card(settings: Settings, steps: int) -> str:
             "spin": "the model as it was at the start of each round wrote them",
             "data": "those of the data"}
         lines.append(f"Rejected responses: {written[settings.rejected]}.")
+    if is_ema:
+        lines.append("The weights are those of the exponential moving average of the model.")
     lines += ["", "From the reference code for Self-Augmented Preference Optimization, "
               "https://arxiv.org/abs/2405.20830.", "", "| setting | value |", "| --- | --- |"]
     for name, value in dataclasses.asdict(settings).items():

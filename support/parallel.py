@@ -78,15 +78,19 @@ class World:
             return sharded_copy(model, self.device, self.dtype, frozen=True).requires_grad_(False)
         return (model if in_place else copy.deepcopy(model)).requires_grad_(False)
 
-    def gather_full(self, model: nn.Module, policy: nn.Module) -> nn.Module:
-        """`model` with the trained weights, whole, on rank 0. All processes together."""
-        if self.sharded:
-            tensors = zip([*model.parameters(), *model.buffers()],
-                          [*policy.parameters(), *policy.buffers()], strict=True)
-            for full, shard in tensors:
-                gathered = full_tensor(shard.detach())
-                if self.is_main:
-                    full.data.copy_(gathered)
+    def gather_full(self, model: nn.Module, trained: nn.Module) -> nn.Module:
+        """`trained`, the policy or the EMA model, whole on rank 0. All processes together.
+
+        model: the model that was loaded. Where `trained` is sharded, its weights go in there.
+        """
+        if not self.sharded:
+            return trained
+        tensors = zip([*model.parameters(), *model.buffers()],
+                      [*trained.parameters(), *trained.buffers()], strict=True)
+        for full, shard in tensors:
+            gathered = full_tensor(shard.detach())
+            if self.is_main:
+                full.data.copy_(gathered)
         return model
 
     def scorer(self, model: nn.Module, shortcuts, compiled: bool = False) -> nn.Module:

@@ -142,7 +142,7 @@ def memory(s: Settings, model, processes: int,
     shares = processes if s.shard else 1
     parts = {"policy": 4, "gradients": 4,
              f"optimizer ({s.optimizer})": 4 if s.optimizer == "rmsprop" else 8}
-    if (s.generates and s.rejected == "ema") or s.ref == "ema":
+    if s.needs_ema:
         parts["EMA model"] = 4
     if s.ref or s.rejected == "spin":
         parts["reference" if s.loss == "dpo" else "policy at the start of the round"] = 4
@@ -150,6 +150,8 @@ def memory(s: Settings, model, processes: int,
     if reference is not None:
         parts["reference"] = 4 * sum(p.numel() for p in reference.parameters())
     saved = sum(parts.values()) - parts["gradients"]
+    if s.save_pairs:
+        parts["start model, for --save_pairs"] = 4 * parameters
     parts = {name: size / shares for name, size in parts.items()}
     # and the gradient of the largest matrix
     scoring = activations(s, model) + logits(s, model)

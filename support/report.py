@@ -31,7 +31,7 @@ class Report:
         self.bar = tqdm(total=steps, initial=done, unit="step", disable=not world.is_main,
                         dynamic_ncols=True,                     # a log file wants fewer lines
                         mininterval=0.5 if sys.stderr.isatty() else 15)
-        self.board, self.unwritten = None, []
+        self.board, self.file = None, RecordFile(folder / "metrics.jsonl", self.say)
         if world.is_main and settings.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # not a requirement
             # A resumed run writes the steps from here on again.
@@ -45,17 +45,18 @@ class Report:
             sys.stdout.flush()
 
     def step(self, record: dict, new_pairs: list[Pair], batch: list[Pair], buffer,
-             seconds: dict[str, float]) -> None:
+             seconds: dict[str, float]) -> dict[str, tuple[float, int]]:
         """One flat record in metrics.jsonl, the progress line, and now and then a pair.
 
         All processes together. record: what training knows of the step. Added here are statistics
         of the new pairs and of the batch drawn from the buffer (None where there is none), times
-        and memory.
+        and memory. Returns the statistics of this process's new pairs, where a model writes them.
         """
-        s = self.settings
+        s, statistics = self.settings, {}
         if s.generates:
-            record |= self.world.means(pair_statistics(
-                new_pairs, self.examples, self.tokenizer, self.eos_ids))
+            statistics = pair_statistics(
+                new_pairs, self.examples, self.tokenizer, self.eos_ids)
+            record |= self.world.means(statistics)
         if buffer is not None:
             record |= self.world.means(buffer_statistics(buffer, batch, record["step"]))
             record["buffer_size"] = self.world.sum([len(buffer)])[0]
@@ -67,26 +68,12 @@ class Report:
             self.bar.update()
         if s.generates and s.print_every and (record["step"] - 1) % s.print_every == 0:
             self.pair(next((p for p in new_pairs if p.chosen != p.rejected), new_pairs[0]))
+        return statistics
 
     def _write(self, record: dict) -> None:
-        """Append a record; records that a full disk refused go first at the next step."""
-        finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
-        self.unwritten.append(json.dumps(finite) + "\n")
-        error = self._write_waiting()
-        if error and len(self.unwritten) == 1:
-            self.say(f"{self.folder / 'metrics.jsonl'}: could not be written ({error}); trying "
-                     "again at the next step")
+        self.file.write([record])
         for name, value in record.items() if self.board else ():
             self.board.add_scalar(name, value, record["step"])
-
-    def _write_waiting(self) -> str | None:
-        """Append the records that are not in the file yet. Returns why that failed, or None."""
-        try:
-            append_whole(self.folder / "metrics.jsonl", "".join(self.unwritten).encode())
-        except OSError as error:
-            return error_text(error)
-        self.unwritten = []
-        return None
 
     def pair(self, pair: Pair) -> None:
         """Print a pair with A, B, B' and C told apart."""
@@ -110,19 +97,19 @@ class Report:
 
     def close(self) -> None:
         """No more steps will come: records that still wait get a last try. May be called twice."""
-        error = self._write_waiting() if self.unwritten else None
-        if error:
-            self.say(f"{self.folder / 'metrics.jsonl'}: {len(self.unwritten)} records could not be "
-                     f"written ({error}) and are lost")
+        self.file.close()
         self.bar.close()
         if self.board:
             self.board.close()
-        self.board, self.unwritten = None, []
+        self.board = None
 
-    def summary(self, before: dict[str, float], after: dict[str, float]) -> None:
-        """Held-out results before and after, as a table and as summary.json."""
+    def summary(self, before: dict[str, float], after: dict[str, float], totals: dict) -> None:
+        """Held-out results before and after, as a table and as summary.json.
+
+        totals: what the run sums to, for summary.json.
+        """
         self.world.run_on_rank0(lambda: write_json(
-            self.folder / "summary.json", {"before": before, "after": after}))
+            self.folder / "summary.json", {"before": before, "after": after} | totals))
         if before:
             self.say(f"{'held out':<22}{'before':>10}{'after':>10}{'difference':>12}")
         for name in before:
@@ -141,15 +128,27 @@ def pair_statistics(pairs: list[Pair], examples, tokenizer,
     check, those whose rejected response fails the check. examples: those the pairs were made of.
     """
     different = [pair for pair in pairs if pair.chosen != pair.rejected]
-    checked = [(pair, examples.by_id(pair.example_id)) for pair in different]
-    checked = [(pair, example) for pair, example in checked if example.check]
-    texts = tokenizer.batch_decode([pair.rejected for pair, _ in checked], skip_special_tokens=True)
-    worse = sum(not matches_check(example.check, text, example.chosen_text)
-                for (_, example), text in zip(checked, texts, strict=True))
+    failed = [fails for fails in fails_check(different, examples, tokenizer) if fails is not None]
     ended = sum(pair.rejected[pair.start:pair.rejected_stop][-1:] in [[i] for i in eos_ids]
                 for pair in pairs)
-    return {"identical": (len(pairs) - len(different), len(pairs)), "worse": (worse, len(checked)),
-            "ended": (ended, len(pairs))}
+    return {"identical": (len(pairs) - len(different), len(pairs)),
+            "worse": (sum(failed), len(failed)), "ended": (ended, len(pairs))}
+
+
+def fails_check(pairs: list[Pair], examples, tokenizer) -> list[bool | None]:
+    """Of each pair: does its rejected response fail the check of its row? None: the row has none.
+
+    examples: those the pairs were made of.
+    """
+    fails = []
+    for pair in pairs:
+        example = examples.by_id(pair.example_id)
+        if example.check:
+            text = tokenizer.decode(pair.rejected, skip_special_tokens=True)
+            fails.append(not matches_check(example.check, text, example.chosen_text))
+        else:
+            fails.append(None)
+    return fails
 
 
 def buffer_statistics(buffer, batch: list[Pair], step: int) -> dict[str, tuple[float, int]]:
@@ -163,11 +162,14 @@ def buffer_statistics(buffer, batch: list[Pair], step: int) -> dict[str, tuple[f
 
 
 class Clock:
-    """Seconds of each part of a step: clock.lap("generate") takes the time since the last lap."""
+    """Seconds of each part of a step: clock.lap("generate") takes the time since the last lap.
+
+    totals: seconds of each part so far, of all steps.
+    """
 
     def __init__(self, device):
-        self.device, self.laps = device, {}
-        self.last = self._now()
+        self.device, self.laps, self.totals = device, {}, {}
+        self.began = self.last = self._now()
 
     def _now(self) -> float:
         if self.device.type != "cpu":           # kernels run behind the Python that queued them
@@ -176,9 +178,13 @@ class Clock:
 
     def lap(self, name: str) -> None:
         now = self._now()
-        name = f"seconds_{name}"
-        self.laps[name] = self.laps.get(name, 0.0) + now - self.last
+        for sums, key in ((self.laps, f"seconds_{name}"), (self.totals, name)):
+            sums[key] = sums.get(key, 0.0) + now - self.last
         self.last = now
+
+    def elapsed(self) -> float:
+        """Seconds since the clock was made."""
+        return self._now() - self.began
 
     def restart(self) -> dict[str, float]:
         """The laps so far; the next step begins."""
@@ -212,6 +218,45 @@ def header(settings, world, model, examples, eval_examples: list, steps: int,
         f"  machine   {world.size} x {world.device.type}{threads}",
         f"  output    {folder}",
         f"  settings  {values}"]
+
+
+class RecordFile:
+    """A file of JSON records, one per line, that grows by whole lines."""
+
+    def __init__(self, path: Path, say):
+        """say: prints a line."""
+        self.path, self.say, self.unwritten = path, say, []
+
+    def write(self, records: list[dict]) -> None:
+        """Append records; those that a full disk refused go first at the next step.
+
+        JSON knows no NaN: a number of a record that is not finite becomes null.
+        """
+        waited = bool(self.unwritten)
+        for record in records:
+            finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+                      for name, value in record.items()}
+            self.unwritten.append(json.dumps(finite) + "\n")
+        error = self._write_waiting()
+        if error and not waited:
+            self.say(f"{self.path}: could not be written ({error}); trying again at the next step")
+
+    def close(self) -> None:
+        """No more records will come: those that still wait get a last try. May be called twice."""
+        error = self._write_waiting() if self.unwritten else None
+        if error:
+            self.say(f"{self.path}: {len(self.unwritten)} records could not be written ({error}) "
+                     "and are lost")
+        self.unwritten = []
+
+    def _write_waiting(self) -> str | None:
+        """Append the records that are not in the file yet. Returns why that failed, or None."""
+        try:
+            append_whole(self.path, "".join(self.unwritten).encode())
+        except OSError as error:
+            return error_text(error)
+        self.unwritten = []
+        return None
 
 
 def append_whole(path: Path, content: bytes) -> None:

@@ -11,6 +11,7 @@ from support.checkpoint import (
     step_of,
     write_checkpoint,
 )
+from support.epochs import ends_epoch, epochs_ended, remove_later_epochs
 from support.errors import RunFailed, Stopped
 from support.evaluate import Evaluation
 from support.fingerprint import (
@@ -27,7 +28,9 @@ from support.run_folder import (
     rewind_run,
     run_finished,
 )
+from support.saved_pairs import SavedPairs
 from support.settings import Settings, as_saved, located, run_folder
+from support.totals import Totals
 
 
 class Run:
@@ -48,7 +51,7 @@ class Run:
         self.folder = self.checkpoint = self.lock = None
         self.finished, self.changed = False, {}
         self.clock = Clock(world.device)
-        self.report = None
+        self.report = self.saved_pairs = None
 
     def __enter__(self):
         try:
@@ -63,10 +66,14 @@ class Run:
 
     def __exit__(self, *exception) -> None:
         """Let go of the folder, also where an error is kept and with it everything of the run."""
-        if self.report:
-            self.report.close()
+        self._close_files()
         if self.lock:
             self.lock.release()
+
+    def _close_files(self) -> None:
+        for writer in (self.report, self.saved_pairs):
+            if writer:
+                writer.close()
 
     def _find_checkpoint(self) -> None:
         """Lock the folder that --resume names, and look at what is in there."""
@@ -96,6 +103,8 @@ class Run:
         self.model, self.tokenizer, self.eos_ids = model, tokenizer, eos_ids
         self.examples = examples
         self.replicated_state, self.per_rank_state = replicated_state, per_rank_state
+        # Before the checkpoint: the model that was loaded is the one that training started from.
+        start_model = world.frozen_copy(model) if s.save_pairs else None
         fingerprints = {"data": examples.fingerprint(),
                         "eval_data": fingerprint_examples(eval_examples),
                         "model": world.run_on_rank0(lambda: fingerprint_model(located(s.model))),
@@ -108,19 +117,33 @@ class Run:
             self.step, self.progress = read_checkpoint(
                 self.checkpoint, world, replicated_state, per_rank_state,
                 check=lambda progress: compare_fingerprints(progress["fingerprints"], fingerprints))
+        self.totals = Totals(self.clock, self.progress.get("totals"))
+        self.tokens_before = evaluate.generating.tokens_written     # of the held-out pairs
         if s.resume:
             world.say(world.run_on_rank0(
                 lambda: rewind_run(s, self.step, steps, self.changed)))
+            world.run_on_rank0(lambda: remove_later_epochs(
+                self.folder, epochs_ended(s, len(examples), self.step, steps)))
         else:
             self.folder = world.run_on_rank0(lambda: new_run_folder(s))
             world.run_on_rank0(self._lock_folder)
         self.report = Report(s, self.saved_settings, world, self.folder, steps, self.step, examples,
                              tokenizer, eos_ids)
+        if s.save_pairs:
+            self.saved_pairs = SavedPairs(
+                s, world, self.folder, examples, tokenizer,
+                world.scorer(start_model, evaluate.shortcuts), self.report.say)
         self.report.say(*header(s, world, model, examples, eval_examples, steps, self.folder))
-        policy = replicated_state["policy"]
-        self.progress["before"] = self.progress["before"] or evaluate(policy)
+        self.progress["before"] = self.progress["before"] or self._evaluate()
         self.stop.training = True
         self.clock.restart()
+
+    def _evaluate(self) -> dict[str, float]:
+        """The policy's results on the held-out rows."""
+        self.clock.restart()
+        result = self.evaluate(self.replicated_state["policy"])
+        self.clock.lap("evaluate")
+        return result
 
     def lap(self, name: str) -> None:
         """The part of a step that ends here."""
@@ -147,8 +170,12 @@ class Run:
         record = {"step": step, "epoch": step * s.batch_size / len(self.examples), **metrics,
                   "skipped": progress["skipped"]}
         if s.eval_every and step % s.eval_every == 0 and step < self.steps:
-            record |= self.report.evaluation(step, self.evaluate(self.replicated_state["policy"]))
-        self.report.step(record, new_pairs, batch, self.per_rank_state["buffer"], seconds)
+            record |= self.report.evaluation(step, self._evaluate())
+        statistics = self.report.step(record, new_pairs, batch, self.per_rank_state["buffer"],
+                                      seconds)
+        self._count(statistics, batch)
+        if self.saved_pairs:
+            self.saved_pairs.write(new_pairs)
 
         if progress["bad_steps_in_a_row"] >= s.max_bad_steps:
             good = world.run_on_rank0(lambda: newest_good_checkpoint(self.folder))
@@ -156,6 +183,10 @@ class Run:
                 f"stopped after {s.max_bad_steps} steps in a row without a finite loss and "
                 "gradient; lower --lr, or look at the rows named above"
                 + (f"; the last checkpoint from before them: --resume {good}" if good else ""))
+        if s.save_every_epoch and ends_epoch(s, len(self.examples), step, self.steps):
+            # Before the checkpoint: a run that goes on from there does not come by here again.
+            number = epochs_ended(s, len(self.examples), step, self.steps)
+            self._save_model(self.replicated_state["policy"], f"epochs/{number}", step)
         ending = world.sum([self.stop.asked])[0] > 0
         if ending or (s.save_every and step % s.save_every == 0):
             self._save(step)
@@ -164,7 +195,27 @@ class Run:
                           f"--resume {self.folder}")
         self.clock.restart()
 
+    def _count(self, statistics: dict[str, tuple[float, int]], batch: list[Pair]) -> None:
+        """Add a step to the run's totals. A pair's x and A count as scored once."""
+        identical, pairs = statistics.get("identical", (0, 0))
+        worse, checked = statistics.get("worse", (0, 0))
+        written = self.evaluate.generating.tokens_written
+        self.totals.add(self.world, {
+            "generated_tokens": written - self.tokens_before,
+            "scored_tokens": sum(len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+                                 - pair.start for pair in batch),
+            "pairs": pairs, "identical": identical, "checked": checked, "worse": worse})
+        self.tokens_before = written
+
+    def _save_model(self, model, name: str, step: int) -> None:
+        """Save the policy or the EMA model as RUN/NAME, a Hugging Face folder."""
+        full = self.world.gather_full(self.model, model)
+        card = model_card(self.settings, step, is_ema=model is not self.replicated_state["policy"])
+        self.world.run_on_rank0(lambda: save_model(full, self.tokenizer, self.eos_ids,
+                                                   self.folder / name, card))
+
     def _save(self, step: int) -> None:
+        self.progress["totals"] = self.totals.state()
         write_checkpoint(self.folder, step, self.world, self.replicated_state,
                          self.per_rank_state, self.progress, self.settings.keep)
 
@@ -179,17 +230,20 @@ class Run:
     def close(self, policy) -> None:
         """Save the policy as a Hugging Face folder, evaluate it, print the summary.
 
+        With --save_ema, save the EMA model, too.
+
         A checkpoint comes first, so that a full disk or a kill in here loses nothing. It goes when
         all is done, unless --save_every asked for it.
         """
-        s, world = self.settings, self.world
-        self.report.close()
+        s, world, ema = self.settings, self.world, self.replicated_state["ema"]
+        self._close_files()
         if world.run_on_rank0(self._last_step_is_not_saved):
             self._save_last()
-        full = world.gather_full(self.model, policy)
-        world.run_on_rank0(lambda: save_model(full, self.tokenizer, self.eos_ids,
-                                              self.folder / "final", model_card(s, self.steps)))
-        self.report.summary(self.progress["before"], self.evaluate(policy))
+        if s.save_ema and ema is not None:
+            self._save_model(ema.model, "final-ema", self.steps)
+        self._save_model(policy, "final", self.steps)
+        after = self._evaluate()
+        self.report.summary(self.progress["before"], after, self.totals.summary(self.steps))
         world.run_on_rank0(self._remove_closing_checkpoint)
 
     def _last_step_is_not_saved(self) -> bool:

@@ -28,8 +28,8 @@ SETTINGS = "settings.json"
 LOCK = "lock"
 # What a run puts into its folder, besides the lock. The settings come last: whoever is stopped
 # while removing these leaves a folder that is still known as a run.
-FOLDERS = ("checkpoints", "final", "final-ema", "tensorboard")
-FILES = ("summary.json", "metrics.jsonl", SETTINGS)
+FOLDERS = ("checkpoints", "epochs", "final", "final-ema", "tensorboard")
+FILES = ("summary.json", "pairs.jsonl", "metrics.jsonl", SETTINGS)
 # Settings of this program that no other one writes into a settings.json.
 OWN_SETTINGS = {"segment_len", "num_rejected", "buffer_size", "ema_decay", "ema_every"}
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
@@ -271,7 +271,8 @@ def rewind_run(settings: Settings, done: int, steps: int, changed: dict) -> str:
     later = [checkpoint for checkpoint in all_checkpoints(run) if step_of(checkpoint) > done]
     for checkpoint in reversed(later):
         remove_checkpoint(checkpoint)
-    trim_metrics(run / "metrics.jsonl", done)
+    trim_records(run / "metrics.jsonl", done)
+    trim_records(run / "pairs.jsonl", done)
     said = (f"{run}: going on after step {done}" if done
             else f"{run}: no checkpoint was written yet; starting over")
     if later:
@@ -281,12 +282,12 @@ def rewind_run(settings: Settings, done: int, steps: int, changed: dict) -> str:
     return said
 
 
-def trim_metrics(path: Path, step: int) -> None:
+def trim_records(path: Path, step: int) -> None:
     """Drop the records after `step`, which the run will write again, and lines that are no
     records: the end of a line is missing where the run was killed or the disk was full."""
     if path.exists():
-        lines = path.read_bytes().splitlines(keepends=True)
-        write_whole(path, b"".join(line for line in lines if is_record_up_to(line, step)))
+        with open(path, "rb") as lines:
+            write_whole(path, (line for line in lines if is_record_up_to(line, step)))
 
 
 def is_record_up_to(line: bytes, step: int) -> bool:

@@ -167,6 +167,14 @@ class Settings:
     tensorboard: bool = setting(
         False, "also write the metrics for TensorBoard, into the output folder (needs the "
         "tensorboard package)")
+    save_pairs: bool = setting(
+        False, "write every new pair to pairs.jsonl in the output folder: text, token ids, and "
+        "log-probabilities under the model that training starts from, which stays in memory for "
+        "this")
+    save_ema: bool = setting(False, "at the end, save the EMA model, too, as final-ema/")
+    save_every_epoch: bool = setting(
+        False, "save the policy after every epoch as epochs/1, epochs/2, ... (SPIN: counted over "
+        "all rounds; the last epoch of a round ends with the round)")
     # surviving
     save_every: int = setting(
         0, "steps between checkpoints; 0: write one only when a signal ends the run", low=0)
@@ -192,6 +200,11 @@ class Settings:
     def generates(self) -> bool:
         """Does a model write the rejected responses?"""
         return self.loss != "sft" and self.rejected != "data"
+
+    @property
+    def needs_ema(self) -> bool:
+        """Is there an EMA model? It writes the rejected responses or is DPO's reference."""
+        return (self.generates and self.rejected == "ema") or self.ref == "ema"
 
 
 def parse(argv: list[str]) -> Settings:
@@ -223,7 +236,8 @@ CHANGEABLE = {
     "print_every", "tensorboard", "compile", "grad_checkpoint", "shard", "micro_batch",
     "generate_batch", "steps", "epochs", "lr", "schedule", "warmup", "max_grad_norm",
     "trust_remote_code", "dry_run", "plan_config", "plan_rows", "plan_processes", "beta", "lam",
-    "label_smoothing", "temperature", "top_k", "top_p", "ema_decay", "ema_every", "ref_every"}
+    "label_smoothing", "temperature", "top_k", "top_p", "ema_decay", "ema_every", "ref_every",
+    "save_pairs", "save_ema", "save_every_epoch"}
 
 
 # Settings that may name a place on this machine.
@@ -371,7 +385,9 @@ def resolve(s: Settings, explicit: set[str]) -> Settings:
     """
     def refuse(flag, when, why):
         if when and flag in explicit and getattr(s, flag) not in (None, 0):
-            raise UserError(f"--{flag} {getattr(s, flag)} makes no sense with {why}")
+            given = getattr(s, flag)
+            flag = f"--{flag}" if given is True else f"--{flag} {given}"
+            raise UserError(f"{flag} makes no sense with {why}")
 
     spin = s.rejected == "spin" and s.loss != "sft"
     refuse("rejected", s.loss == "sft" and s.rejected != "data",
@@ -407,6 +423,9 @@ def resolve(s: Settings, explicit: set[str]) -> Settings:
     if s.ref_model is not None and s.ref != "fixed":
         raise UserError(f"--ref_model {s.ref_model} needs --loss dpo --ref fixed: every other "
                         "reference comes from the policy")
+    refuse("save_pairs", not s.generates,
+           "--loss sft or --rejected data, which generate nothing")
+    refuse("save_ema", not s.needs_ema, f"{run_label(s)}, which has no EMA model")
     for name, default in (("lr", {"orpo": 5e-6, "dpo": 5e-7, "sft": 2e-5}[s.loss]), ("beta", 0.1)):
         value = getattr(s, name)
         value = [default] if value is None else value if isinstance(value, list) else [value]

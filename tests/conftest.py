@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import support.parallel
 import train
 from support import cli
+from support.checkpoint import all_checkpoints
 from support.errors import UserError
 from support.settings import Settings, parse
 from test_sapo import tiny
@@ -51,6 +52,10 @@ AXES = [
     "--ema_decay 0.9 --ema_every 1 --temperature 1 --top_k 0 --top_p 1",
     "--skip_identical --temperature 0", "--optimizer rmsprop --schedule cosine",
     "--schedule inverse_sqrt --max_grad_norm 0 --weight_decay 0.1"]
+# Those whose values other default tests run, too: by themselves they are slow tests.
+RUN_ELSEWHERE = {
+    "--rejected policy", "--rejected data", "--num_rejected 4", "--skip_identical --temperature 0",
+    "--tail drop --segment_eos forbid --loss dpo", "--tail rewrite --num_rejected 2"}
 
 
 @pytest.fixture(scope="session")
@@ -84,6 +89,24 @@ def tiny_run(tmp_path_factory) -> list[str]:
             "--threads 1").split()
 
 
+@pytest.fixture(scope="session")
+def finished_run(tiny_run, tmp_path_factory):
+    """finished_run(flags) -> the folder of a run that ended well.
+
+    Each is made once, for all tests that only read that folder.
+    """
+    folders = {}
+
+    def folder_of(flags: str = "--loss orpo") -> Path:
+        if flags not in folders:
+            out = tmp_path_factory.mktemp("finished") / "out"
+            run(tiny_run, out, flags)
+            folders[flags] = out
+        return folders[flags]
+
+    return folder_of
+
+
 # ------------------------------------------------------------------------------------ single runs
 
 def own_buffer(flags: str) -> list[str]:
@@ -104,7 +127,7 @@ def run(flags: list[str], out: Path, *more: str) -> tuple[list[dict], dict]:
     """
     more = " ".join(more)
     train.train(parse([*flags, "--out", str(out), *own_buffer(more), *more.split()]))
-    return read_records(out), json.loads((out / "summary.json").read_text())
+    return read_records(out), read_summary(out)
 
 
 def read_records(out: Path) -> list[dict]:
@@ -113,15 +136,30 @@ def read_records(out: Path) -> list[dict]:
         return [json.loads(line) for line in file]
 
 
+def read_summary(out: Path) -> dict:
+    """summary.json of a run's folder."""
+    return json.loads((out / "summary.json").read_text())
+
+
 def untimed(out: Path) -> list[dict]:
     """The records without what differs between two equal runs: seconds and memory."""
     return [{name: value for name, value in record.items()
              if "seconds" not in name and "memory" not in name} for record in read_records(out)]
 
 
+def results(summary: dict) -> dict:
+    """The part of a summary that two equal runs have in common: all but the seconds."""
+    return {name: value for name, value in summary.items() if name != "seconds"}
+
+
 def weights(out: Path) -> dict[str, torch.Tensor]:
     """The weights that a run saved."""
     return AutoModelForCausalLM.from_pretrained(out / "final").state_dict()
+
+
+def checkpoint_names(out: Path) -> list[str]:
+    """The complete checkpoints of a run, oldest first."""
+    return [folder.name for folder in all_checkpoints(out)]
 
 
 def flag_value(flags: list[str], name: str) -> str:
@@ -234,6 +272,9 @@ def check_same_run(one: Path, other: Path, processes: int = 1) -> None:
     for name in ["shared.pt", *(f"rank{rank}.pt" for rank in range(processes))]:
         a, b = (torch.load(out / "checkpoints" / last / name, weights_only=True)
                 for out in (one, other))
+        for state in (a, b):
+            if name == "shared.pt":
+                state["progress"]["totals"].pop("seconds")
         assert same_state(a, b), name
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import checkpoint_names, forked, same_state, status_of
 from torch import nn
 
 from buffer import ReplayBuffer
@@ -114,22 +115,9 @@ def read(checkpoint: Path):
     return read_checkpoint(checkpoint, World(), *parts(0))
 
 
-def same(a, b) -> bool:
-    """Two states of plain types and tensors, equal bit for bit."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
 def same_parts(one: dict, other: dict) -> bool:
-    return all(same(one[name].state_dict(), other[name].state_dict()) for name in one
+    return all(same_state(one[name].state_dict(), other[name].state_dict()) for name in one
                if one[name] is not None)
-
-
-def names(run: Path) -> list[str]:
-    return [folder.name for folder in all_checkpoints(run)]
 
 
 def contents(folder: Path) -> dict:
@@ -227,7 +215,7 @@ def test_the_one_just_written_is_never_pruned(tmp_path):
     for step in (6, 8, 9):
         write(tmp_path, step)
     write(tmp_path, 4, keep=2)
-    assert names(tmp_path) == ["step-000004", "step-000008", "step-000009"]
+    assert checkpoint_names(tmp_path) == ["step-000004", "step-000008", "step-000009"]
 
 
 def test_a_streak_of_bad_steps_leaves_one_from_before(tmp_path):
@@ -235,14 +223,14 @@ def test_a_streak_of_bad_steps_leaves_one_from_before(tmp_path):
     ones; once a step is finite again, it goes as every other does."""
     for step, bad in ((2, 0), (4, 0), (6, 1), (8, 3), (10, 5)):
         write(tmp_path, step, keep=2, bad_steps_in_a_row=bad)
-    assert names(tmp_path) == ["step-000004", "step-000008", "step-000010"]
+    assert checkpoint_names(tmp_path) == ["step-000004", "step-000008", "step-000010"]
     write(tmp_path, 12, keep=2, bad_steps_in_a_row=0)
-    assert names(tmp_path) == ["step-000010", "step-000012"]
+    assert checkpoint_names(tmp_path) == ["step-000010", "step-000012"]
     # One with a damaged manifest is not taken for one from before a streak.
     edit_manifest(tmp_path / "checkpoints" / "step-000012", lambda manifest: [])
     write(tmp_path, 14, keep=2, bad_steps_in_a_row=0)
     write(tmp_path, 16, keep=1, bad_steps_in_a_row=1)
-    assert names(tmp_path) == ["step-000014", "step-000016"]
+    assert checkpoint_names(tmp_path) == ["step-000014", "step-000016"]
 
 
 def test_remove_checkpoint(tmp_path):
@@ -251,7 +239,7 @@ def test_remove_checkpoint(tmp_path):
     first, second = write(run, 1), write(run, 2)
     remove_checkpoint(second)
     remove_checkpoint(second)
-    assert names(run) == ["step-000001"]
+    assert checkpoint_names(run) == ["step-000001"]
     remove_checkpoint(first)
     assert list(run.iterdir()) == []
 
@@ -272,24 +260,6 @@ def test_links_are_not_written_through(tmp_path):
 
 # ---------------------------------------------------------------- full disks and killed processes
 
-def forked(function) -> int:
-    """function in a forked child, which needs no imports and so no time -> its process id."""
-    child = os.fork()
-    if child == 0:
-        status = 70
-        try:
-            signal.alarm(60)
-            torch.set_num_threads(1)        # of OpenMP's threads none is left
-            function()
-            status = 0
-        except RunFailed as error:
-            print(error, flush=True)
-            status = error.status
-        finally:
-            os._exit(status)
-    return child
-
-
 def test_a_full_disk_costs_nothing_that_was_there(tmp_path, capfd):
     """A disk that fills up (a limit on file sizes stands for it) ends in one sentence and a status
     of its own, the checkpoint before stays as it was, and nothing else is left behind."""
@@ -301,11 +271,11 @@ def test_a_full_disk_costs_nothing_that_was_there(tmp_path, capfd):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         write(tmp_path, 6)
 
-    status = os.waitstatus_to_exitcode(os.waitpid(forked(fill_up), 0)[1])
-    said = capfd.readouterr().out
+    status = status_of(forked(fill_up))
+    said = capfd.readouterr().err
     assert status == 4 and said.count("\n") == 1
     assert "could not write the checkpoint" in said and "from step-000003" in said
-    assert contents(tmp_path) == before and names(tmp_path) == ["step-000003"]
+    assert contents(tmp_path) == before and checkpoint_names(tmp_path) == ["step-000003"]
 
 
 def test_a_process_that_can_not_write_stops_all(tmp_path, monkeypatch):

@@ -33,32 +33,41 @@ from support.settings import parse
 from support.tokenize_rows import RowTokenizer
 from test_sapo import tiny
 
+FIRST_RUN = ["--loss", "dpo", "--buffer_size", "8", "--print_every", "3", "--steps", "4"]
 
-def test_command_line(tiny_run, tmp_path, monkeypatch, capfd):
+
+@pytest.fixture(scope="module")
+def first_run(tiny_run, tmp_path_factory):
+    """A run from another folder with `python -W error`: the folder, and the finished process."""
+    folder = tmp_path_factory.mktemp("first")
+    return folder, command(*tiny_run, *FIRST_RUN, cwd=folder,
+                           launcher=(sys.executable, "-W", "error"))
+
+
+def test_command_line(first_run, tiny_run, monkeypatch, capfd):
     """A real run from another folder: exit 0, a header, a pair, a table. A second run gets a folder
     of its own. What is there is never overwritten."""
-    flags = [*tiny_run, "--buffer_size", "8", "--print_every", "3", "--steps", "4"]
-    done = command(*flags, cwd=tmp_path)
+    folder, done = first_run
     assert done.returncode == 0, done.stderr
     for words in ("parameters", "12 held out", "settings", "  B' ", "exact_match", "difference"):
         assert words in done.stdout
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(folder)
+    flags = [*tiny_run, *FIRST_RUN]
     assert quick_command(*flags, capfd=capfd)[0] == 0
     for number in ("0001", "0002"):
-        assert (tmp_path / "runs" / number / "final" / "model.safetensors").exists()
+        assert (folder / "runs" / number / "final" / "model.safetensors").exists()
     status, _, err = quick_command(*flags, "--out", "runs/0001", capfd=capfd)
     assert status == 2 and "holds a run already" in err and "Traceback" not in err
 
 
-def test_no_warnings(tiny_run, tmp_path):
+def test_no_warnings(first_run):
     """A run shows nothing on standard error but its own progress: no warning of Python, torch or
     transformers, as `python -W error` proves, no remark in their logs, and none of transformers'
     bars of loading and saving."""
-    done = command(*tiny_run, "--loss", "dpo", "--buffer_size", "8", "--steps", "2", "--out",
-                   str(tmp_path / "out"), launcher=(sys.executable, "-W", "error"))
+    done = first_run[1]
     assert done.returncode == 0, done.stderr
     lines = [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip()]
-    assert lines and all("/2 [" in line and "step" in line for line in lines), lines
+    assert lines and all("/4 [" in line and "step" in line for line in lines), lines
     assert not re.search("Loading weights|Writing model shards|it/s", done.stdout + done.stderr)
 
 
@@ -259,7 +268,8 @@ def test_a_vision_tower_is_left_alone(tiny_run, tmp_path):
 
 
 @pytest.mark.parametrize("changes", [
-    {"tie_word_embeddings": True}, {"vocab_size": 700}, {"pad_token_id": None}])
+    {"tie_word_embeddings": True}, pytest.param({"vocab_size": 700}, marks=pytest.mark.slow),
+    pytest.param({"pad_token_id": None}, marks=pytest.mark.slow)])
 def test_embeddings_of_all_kinds(changes, tiny_run, tmp_path):
     """Tied embeddings stay tied, a vocabulary padded beyond the tokenizer's keeps its size, and a
     missing pad token is no matter: a whole run, saved and loaded again."""

@@ -20,6 +20,7 @@ from conftest import (
     TORCHRUN,
     StopAfter,
     check_same_run,
+    checkpoint_names,
     forked,
     quick_command,
     read_records,
@@ -41,11 +42,6 @@ from support.errors import RunFailed, Stopped
 from support.settings import parse
 
 MANIFEST, SETTINGS = "manifest.json", "settings.json"
-
-
-def checkpoint_names(out: Path) -> list[str]:
-    """The complete checkpoints of a run, oldest first."""
-    return [folder.name for folder in all_checkpoints(out)]
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +72,9 @@ def out(stopped, tmp_path) -> Path:
 
 @pytest.mark.parametrize("name, harm", [
     ("shared.pt", lambda content: content[:999] + bytes([content[999] ^ 4]) + content[1000:]),
-    ("rank0.pt", lambda content: content[:len(content) // 2]),
     (MANIFEST, lambda content: content[:len(content) // 2]),
-    ("shared.pt", lambda content: None)])
+    pytest.param("rank0.pt", lambda content: content[:len(content) // 2], marks=pytest.mark.slow),
+    pytest.param("shared.pt", lambda content: None, marks=pytest.mark.slow)])
 def test_damaged_checkpoints_are_noticed(name, harm, out, whole, capfd):
     """A file with a flipped bit, cut short, missing, or a broken manifest: one sentence names the
     file and the checkpoint before. Going on from that one ends like a run that was not damaged."""
@@ -95,6 +91,20 @@ def test_damaged_checkpoints_are_noticed(name, harm, out, whole, capfd):
     check_same_run(out, whole)
 
 
+def check_refused(out: Path, file: Path, change, words: str, capfd) -> None:
+    """With the content of a JSON file changed, or (change None) a link to /dev/zero in its place,
+    `python train.py --resume` ends with status 2 and one sentence that has these words."""
+    content = json.loads(file.read_text())
+    file.unlink()
+    if change:
+        file.write_text(json.dumps(change(content)))
+    else:
+        file.symlink_to("/dev/zero")
+    status, _, said = quick_command("--resume", str(out), capfd=capfd)
+    assert status == 2 and words in said and "\x1b" not in said, said
+    assert "train.py: " in said and len(said.strip().splitlines()) == 1, said
+
+
 @pytest.mark.parametrize("change, words", [
     (lambda content: {**content, "files": {**content["files"], "../x.pt": {}}}, "its files"),
     (lambda content: {**content, "processes": "1"}, "its processes is not a count"),
@@ -103,16 +113,7 @@ def test_damaged_checkpoints_are_noticed(name, harm, out, whole, capfd):
 def test_a_manifest_of_another_shape(change, words, out, capfd):
     """A manifest.json with other keys, types or file names, or a link in its place: one sentence
     and status 2 from `python train.py --resume`."""
-    manifest = out / "checkpoints" / "step-000004" / MANIFEST
-    content = json.loads(manifest.read_text())
-    manifest.unlink()
-    if change:
-        manifest.write_text(json.dumps(change(content)))
-    else:
-        manifest.symlink_to("/dev/zero")
-    status, _, said = quick_command("--resume", str(out), capfd=capfd)
-    assert status == 2 and words in said, said
-    assert "train.py: " in said and len(said.strip().splitlines()) == 1, said
+    check_refused(out, out / "checkpoints" / "step-000004" / MANIFEST, change, words, capfd)
 
 
 @pytest.mark.parametrize("change, words", [
@@ -125,16 +126,7 @@ def test_a_manifest_of_another_shape(change, words, out, capfd):
 def test_settings_of_another_shape(change, words, out, capfd):
     """A settings.json with other types, without keys, or a link in its place: one sentence and
     status 2 from `python train.py --resume`, and no escape sequence reaches the terminal."""
-    settings = out / SETTINGS
-    content = json.loads(settings.read_text())
-    settings.unlink()
-    if change:
-        settings.write_text(json.dumps(change(content)))
-    else:
-        settings.symlink_to("/dev/zero")
-    status, _, said = quick_command("--resume", str(out), capfd=capfd)
-    assert status == 2 and words in said and "\x1b" not in said, said
-    assert "train.py: " in said and len(said.strip().splitlines()) == 1, said
+    check_refused(out, out / SETTINGS, change, words, capfd)
 
 
 def test_overwrite_on_folders_that_are_no_runs(tiny_run, out, tmp_path, capfd):
@@ -215,25 +207,6 @@ def test_no_room_for_the_closing_checkpoint(tiny_run, whole, tmp_path, monkeypat
     assert same_state(dict(weights(tmp_path / "out")), dict(weights(whole)))
 
 
-@pytest.mark.parametrize("steps", [(2, 3), (6,)])
-def test_a_record_that_can_not_be_written(steps, tiny_run, whole, tmp_path, monkeypatch, capsys):
-    """A disk that refuses lines of metrics.jsonl for some steps, the last one too, costs neither
-    the run nor the records: they are written later."""
-    append, refused = support.report.append_whole, []
-
-    def unreliable(path, content):
-        step = json.loads(content.decode().splitlines()[-1])["step"]
-        if step in steps and step not in refused:
-            refused.append(step)
-            raise OSError(errno.ENOSPC, "No space left on device")
-        append(path, content)
-
-    monkeypatch.setattr("support.report.append_whole", unreliable)
-    run(tiny_run, tmp_path / "out")
-    assert refused == list(steps) and "could not be written" in capsys.readouterr().out
-    assert untimed(tmp_path / "out") == untimed(whole)
-
-
 def test_a_summary_that_can_not_be_written(tiny_run, whole, tmp_path, capfd):
     """The disk is full when rank 0 of two processes writes summary.json: both end with status 4 and
     for that reason, one sentence says so, and the resumed run finishes."""
@@ -264,16 +237,16 @@ def nan_at(monkeypatch, *steps: int, in_gradient: bool = False) -> None:
     calls, compute_loss = [], train.compute_loss
 
     def spoiled(*arguments):
-        losses, metrics = compute_loss(*arguments)
+        losses, *others = compute_loss(*arguments)
         calls.append(None)
         if (len(calls) + 1) // 2 not in steps or len(calls) % 2 == 0:
-            return losses, metrics
+            return losses, *others
         spoil = torch.zeros_like(losses)
         spoil[0] = torch.nan
         if in_gradient:
             losses.register_hook(lambda gradient: gradient + spoil)
-            return losses, metrics
-        return losses + spoil, metrics | {"loss": losses + spoil}
+            return losses, *others
+        return losses + spoil, *others
 
     monkeypatch.setattr(train, "compute_loss", spoiled)
 
@@ -408,7 +381,9 @@ def check_saved(out: Path) -> int:
     return last
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [
+    signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+    pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_signals(number, tiny_run, tmp_path, capfd):
     """SIGTERM, Ctrl-C and a closed terminal: the run finishes its step, saves and exits with status
     3 and a sentence. The same signal again at once changes nothing. The run resumes."""

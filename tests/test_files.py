@@ -20,6 +20,6 @@ def test_write_whole(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(files, "flush", fail)
     with pytest.raises(OSError, match="No space"):
-        write_whole(path, b"new")
+        write_whole(path, [b"new"])
     assert read_json(path) == {"a": 1}
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.json", "target"]

@@ -13,11 +13,14 @@ import pytest
 import torch
 from conftest import (
     AXES,
+    RUN_ELSEWHERE,
     check_close_runs,
     command,
     flag_value,
     parsed,
     quick_command,
+    read_records,
+    read_summary,
     run,
     same_state,
     two_processes,
@@ -38,12 +41,15 @@ from support.tokenize_rows import TokenizedExample
 from test_sapo import random_ids, some_pairs, tiny
 
 
-@pytest.mark.parametrize("flags", AXES)
-def test_axes(flags, tiny_run, tmp_path):
+@pytest.mark.parametrize("flags", [
+    pytest.param(flags, marks=pytest.mark.slow) if flags in RUN_ELSEWHERE else flags
+    for flags in AXES])
+def test_axes(flags, finished_run):
     """Every axis of the methods table runs from the command line, alone and combined: finite
     losses, one flat record per step, a summary before and after, and a folder that transformers
     loads."""
-    records, summary = run(tiny_run, tmp_path, flags)
+    out = finished_run(flags)
+    records, summary = read_records(out), read_summary(out)
     assert [record["step"] for record in records] == list(range(1, 7))
     assert all(math.isfinite(value) for record in records for value in record.values())
     assert set(summary["before"]) == set(summary["after"]) >= {"exact_match", "nll", "chosen_logps"}
@@ -52,15 +58,15 @@ def test_axes(flags, tiny_run, tmp_path):
         sum(last[f"seconds_{part}"] for part in ("generate", "score", "update")))
     generates = "--rejected data" not in flags and "--loss sft" not in flags
     assert ("identical" in records[0]) == generates
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "final")
+    model = AutoModelForCausalLM.from_pretrained(out / "final")
+    tokenizer = AutoTokenizer.from_pretrained(out / "final")
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
-    assert json.loads((tmp_path / "settings.json").read_text())["steps"] == 6
+    assert json.loads((out / "settings.json").read_text())["steps"] == 6
 
 
 @pytest.mark.parametrize("flags", [
-    "--rejected ema", "--rejected spin --iterations 2 --loss dpo", "--loss sft"])
-def test_rejected_column_is_ignored(flags, tiny_run, tmp_path):
+    "--loss orpo", "--rejected spin --iterations 2 --loss dpo", "--loss sft"])
+def test_rejected_column_is_ignored(flags, tiny_run, finished_run, tmp_path):
     """SAPO, SPIN and SFT never look at the rejected column: with nonsense in its place, or without
     it, every metric and weight is the same, but for what is measured on the held-out rows' own
     pairs."""
@@ -76,16 +82,17 @@ def test_rejected_column_is_ignored(flags, tiny_run, tmp_path):
         file = tmp_path / f"{name}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         bare += [name, str(file)]
-    _, with_column = run(tiny_run, tmp_path / "a", flags)
-    _, without = run(bare, tmp_path / "b", flags)
-    assert untimed(tmp_path / "a") == untimed(tmp_path / "b")
-    assert without == {
-        when: {name: value for name, value in result.items() if not name.startswith("data_")}
-        for when, result in with_column.items()}
+    out = finished_run(flags)
+    with_column = read_summary(out)
+    _, without = run(bare, tmp_path / "bare", flags)
+    assert untimed(out) == untimed(tmp_path / "bare")
+    assert [without[when] for when in ("before", "after")] == [
+        {name: value for name, value in with_column[when].items() if not name.startswith("data_")}
+        for when in ("before", "after")]
     assert any(name.startswith("data_") for name in with_column["before"])
-    assert same_state(dict(weights(tmp_path / "a")), dict(weights(tmp_path / "b")))
+    assert same_state(dict(weights(out)), dict(weights(tmp_path / "bare")))
     start = AutoModelForCausalLM.from_pretrained(flag_value(tiny_run, "--model")).state_dict()
-    assert not same_state(dict(weights(tmp_path / "a")), dict(start))
+    assert not same_state(dict(weights(out)), dict(start))
 
 
 def record_calls(monkeypatch, events: list, *places: tuple[object, str, object]) -> None:
@@ -131,7 +138,8 @@ def test_algorithm_1_order(tiny_run, tmp_path, monkeypatch):
     assert {what for name, what in events if name == "draw"} == {4}
 
 
-@pytest.mark.parametrize("ema_every, grouped", [(2, 3), (3, 2), (4, 2)])
+@pytest.mark.parametrize("ema_every, grouped", [
+    (2, 3), (4, 2), pytest.param(3, 2, marks=pytest.mark.slow)])
 def test_grouping_changes_nothing(ema_every, grouped, tiny_run, tmp_path, monkeypatch):
     """Segments of all steps between two EMA refreshes are written in one batch, and each step
     stores what it would have stored alone: greedy, the buffer gets the same pairs at every step,
@@ -166,6 +174,7 @@ def test_segments_do_not_depend_on_the_batch():
     @contextmanager
     def generating(model):
         yield model, None
+    generating.tokens_written = 0
 
     def pairs(examples, size):
         rngs = [np.random.default_rng([example.example_id]) for example in examples]
@@ -201,11 +210,14 @@ def test_tails():
 
 # -------------------------------------------------------------------------------------- references
 
-@pytest.mark.parametrize("ref, fresh", [("fixed", [1]), ("policy", [1, 4]), ("ema", [1])])
-def test_reference_refreshes(ref, fresh, tiny_run, tmp_path):
+@pytest.mark.parametrize("flags, fresh", [
+    ("--loss dpo --ref fixed", [1]), ("--loss dpo --ref policy", [1, 4]), ("--loss dpo", [1])])
+def test_reference_refreshes(flags, fresh, finished_run):
     """Table 4's references: DPO's loss is log 2 exactly when the reference equals the policy, that
-    is at the first step, and with --ref policy after each refresh (every 3 steps here)."""
-    records, _ = run(tiny_run, tmp_path, f"--loss dpo --ref {ref}")
+    is at the first step, and with --ref policy after each refresh (every 3 steps here). By default
+    the reference is the EMA model's."""
+    assert flags != "--loss dpo" or parsed(f"--model m --data d {flags}").ref == "ema"
+    records = read_records(finished_run(flags))
     assert [r["step"] for r in records if abs(r["loss"] - math.log(2)) < 1e-6] == fresh
 
 
@@ -350,12 +362,11 @@ def test_bf16(tiny_run, tmp_path, monkeypatch):
     assert all(w.dtype == torch.float32 for w in weights(tmp_path / "sapo").values())
 
 
-def test_grad_checkpoint_changes_nothing(tiny_run, tmp_path):
+def test_grad_checkpoint_changes_nothing(tiny_run, finished_run, tmp_path):
     """--grad_checkpoint: the same weights, from layers that run twice; without dropout, even where
     a layer has its own (OPT)."""
-    for name, flags in (("without", ""), ("with", "--grad_checkpoint")):
-        run(tiny_run, tmp_path / name, f"--loss dpo {flags}")
-    one, other = weights(tmp_path / "without"), weights(tmp_path / "with")
+    run(tiny_run, tmp_path, "--loss dpo --grad_checkpoint")
+    one, other = weights(finished_run("--loss dpo")), weights(tmp_path)
     assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
     for kind, layers in (("llama", lambda m: m.model.layers),
                          ("opt", lambda m: m.model.decoder.layers)):
@@ -402,7 +413,7 @@ def make_identical(monkeypatch, steps: tuple, ranks: tuple = (0, 1)) -> None:
     monkeypatch.setattr(train, "sample_pairs", sample_pairs)
 
 
-@pytest.mark.parametrize("loss", ["orpo", "dpo"])
+@pytest.mark.parametrize("loss", ["orpo", pytest.param("dpo", marks=pytest.mark.slow)])
 def test_skip_identical_on_one_of_two_processes(loss, tiny_run, tmp_path, monkeypatch):
     """--skip_identical where all pairs of one process are identical: that process contributes
     nothing. Two processes take the steps that one process takes."""

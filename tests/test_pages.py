@@ -48,8 +48,17 @@ IN_PLACE = {
     "FILE.jsonl": "rows.jsonl", "pairs.jsonl": "rows.jsonl", "heldout.jsonl": "rows.jsonl",
     "runs/0001 runs/0002": "old/run old/run",
 }
+# What makes commands short: of train.py, and of each program in bench/.
 SHORT = ["--steps", "2", "--batch_size", "2", "--micro_batch", "2", "--eval_rows", "2",
          "--max_new_tokens", "4", "--print_every", "0", "--eval_every", "0", "--threads", "1"]
+SHORT_BENCHES = {
+    "bench/generate.py": "--rounds 1 --threads 1 --batch 2 --new 8 --prefix 24",
+    "bench/pairs.py": "--rounds 1 --threads 1 --model 5m --batch 1 --total 32 --ratio 1 "
+                      "--large_vocabulary 0 --without_trl",
+    "bench/iteration.py": "--rounds 1 --threads 1 --model 5m --batch 2 --total 64",
+    "bench/contention.py": "--rounds 1",
+    "bench/answers.py": "--max_new_tokens 4",
+    "bench/plot.py": ""}
 
 
 def text_of(page: Path) -> str:
@@ -248,7 +257,9 @@ def run_words(words: list[str], folder: Path) -> int:
     script = next(i for i, word in enumerate(arguments) if word.endswith(".py"))
     arguments = arguments[script:]
     if arguments[0] != "train.py":          # a program of bench/ or examples/
-        return subprocess.run([sys.executable, *arguments], cwd=folder, timeout=120).returncode
+        short = SHORT_BENCHES.get(arguments[0], "").split()
+        return subprocess.run([sys.executable, *arguments, *short], cwd=folder,
+                              timeout=300).returncode
     flags = arguments[1:]
     if any(flag.startswith("@recipes/") and "demo" not in flag for flag in flags):
         flags.append("--dry_run")           # needs GPUs and the Hub otherwise
@@ -265,7 +276,8 @@ def run_words(words: list[str], folder: Path) -> int:
 def test_commands_run(page, block, checkout):
     """Every command of a page ends with status 0, on small data and for a few steps.
 
-    torchrun's commands run as one process, the paper's recipes as a dry run.
+    torchrun's commands run as one process, the paper's recipes as a dry run, the benches on small
+    shapes.
     """
     kept = [line for line in block.splitlines()
             if not line.startswith(("cp mine.jsonl FASTCHAT", "cd FASTCHAT"))]

@@ -19,6 +19,7 @@ from conftest import (
     flag_value,
     own_buffer,
     read_records,
+    read_summary,
     two_processes,
     untimed,
     weights,
@@ -54,8 +55,7 @@ def test_two_processes_equal_one(flags, tiny_run, tmp_path):
     train_one(*flags, "--out", str(tmp_path / "one"))
     train_two(*flags, "--out", str(tmp_path / "two"))
     check_close_runs(tmp_path / "one", tmp_path / "two")
-    one, two = (json.loads((tmp_path / name / "summary.json").read_text())
-                for name in ("one", "two"))
+    one, two = (read_summary(tmp_path / name) for name in ("one", "two"))
     assert one["before"].keys() == two["before"].keys()
     for moment in ("before", "after"):
         for name in ("exact_match", "data_accuracy", "data_margin"):
@@ -116,7 +116,7 @@ def test_shard_equals_ddp(flags, tiny_run, tmp_path):
     train_two(*flags, "--out", str(ddp))
     train_two(*flags, "--shard", "--out", str(shard))
     check_close_runs(ddp, shard)
-    a, b = (json.loads((out / "summary.json").read_text()) for out in (ddp, shard))
+    a, b = (read_summary(out) for out in (ddp, shard))
     assert a["after"] == pytest.approx(b["after"], rel=1e-3, abs=1e-4)
     a, b = ((out / "final" / "config.json").read_text() for out in (ddp, shard))
     assert a == b

@@ -13,6 +13,9 @@ HERE = Path(__file__).resolve().parent.parent
 RECIPES = {file.stem: file for file in sorted((HERE / "recipes").glob("*.txt"))}
 PAGE = HERE / "docs" / "paper-runs.md"
 
+# Recipes of the models and the rows that come with this repository.
+EMBEDDED = {"demo", "demo-sft", "base-same-rows", "base-habits"}
+
 LLAMA, MISTRAL = "llama3-8b", "mistral-7b"
 DPO = {"loss": "dpo", "optimizer": "rmsprop", "schedule": "linear", "warmup": 0.1, "lr": [5e-7],
        "beta": [0.1]}
@@ -53,8 +56,8 @@ EXPECTED |= {f"table5-segment-{n}": SAPO_ORPO | {"segment_len": n} for n in (64,
 NEED_NOT_BE_NAMED = {
     "model_revision", "data_revision", "rows", "eval_data", "skip_bad_rows", "out", "overwrite",
     "trust_remote_code", "random_init", "special_tokens_in_prompts", "steps", "compile",
-    "eval_every", "print_every", "tensorboard", "keep", "resume", "max_bad_steps", "threads",
-    "dry_run", "template_date"}
+    "eval_every", "print_every", "tensorboard", "save_pairs", "save_ema", "save_every_epoch",
+    "keep", "resume", "max_bad_steps", "threads", "dry_run", "template_date"}
 ALWAYS = {
     "model", "data", "chat_template", "max_len", "max_prompt_len", "drop_long_prompts", "loss",
     "epochs", "batch_size", "micro_batch", "lr", "optimizer", "schedule", "warmup", "weight_decay",
@@ -82,7 +85,7 @@ WHERE_USED = {
 def test_every_recipe_is_a_flag_file(tmp_path, monkeypatch):
     """Every recipe parses from any folder; flags after a recipe win. The demo has its rows."""
     monkeypatch.chdir(tmp_path)
-    assert {"demo", "demo-sft"} <= set(RECIPES)
+    assert set(RECIPES) >= EMBEDDED
     for recipe in RECIPES.values():
         assert parse([f"@{recipe}", "--steps", "7"]).steps == 7
         assert max(map(len, recipe.read_text().splitlines())) <= 100
@@ -93,7 +96,7 @@ def test_every_recipe_is_a_flag_file(tmp_path, monkeypatch):
 
 def test_there_is_a_recipe_for_every_trained_row():
     """Tables 1 to 5 of the paper, and the four main rows as the authors' code ran them."""
-    assert set(EXPECTED) == set(RECIPES) - {"demo", "demo-sft"}
+    assert set(EXPECTED) == set(RECIPES) - EMBEDDED
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))

@@ -55,12 +55,12 @@ def test_dpo_takes_the_reference_that_is_named(flags, tiny_run, reference, tmp_p
     seen, compute = [], train.compute_loss
 
     def noted(s, scorer, reference_scorer, pairs, beta):
-        losses, metrics = compute(s, scorer, reference_scorer, pairs, beta)
+        losses, *others = compute(s, scorer, reference_scorer, pairs, beta)
         with torch.no_grad():
             policy, fixed = (pair_logps(model, pairs) for model in (scorer.model, reference_model))
             expected = dpo_loss(*policy[:2], *fixed[:2], beta)[0]
         seen.append((losses.detach(), expected, reference_scorer.model))
-        return losses, metrics
+        return losses, *others
 
     reference_model = type(tiny()).from_pretrained(reference)
     monkeypatch.setattr(train, "compute_loss", noted)

@@ -16,6 +16,7 @@ from conftest import (
     parsed,
     quick_command,
     read_records,
+    results,
     run,
     status_of,
     untimed,
@@ -26,6 +27,7 @@ import train
 from buffer import ReplayBuffer
 from sapo import Pair, PairScorer
 from support.errors import UserError
+from support.metrics import LossMetrics
 from support.parallel import World
 from support.report import Report, append_whole, buffer_statistics, pair_statistics
 from support.settings import parse
@@ -35,11 +37,8 @@ from test_sapo import tiny
 class Letters:
     """A tokenizer for which id i is the character of that code point; 2 is the end token."""
 
-    def decode(self, ids):
-        return "".join(map(chr, ids)).replace("\x02", "<end>")
-
-    def batch_decode(self, sequences, skip_special_tokens):
-        return ["".join(map(chr, ids)).replace("\x02", "") for ids in sequences]
+    def decode(self, ids, skip_special_tokens=False):
+        return "".join(map(chr, ids)).replace("\x02", "" if skip_special_tokens else "<end>")
 
 
 def letters(text: str) -> list[int]:
@@ -96,9 +95,12 @@ def test_dpo_leaves_pairs_without_a_scored_token_out_of_nll():
     empty, other = Pair([5], [6, 7], [6, 7, 8], 2), Pair([5], [6, 7, 9], [6, 8, 9], 1)
     s = parsed("--model m --data d --rejected data --loss dpo")
     with torch.no_grad():
-        losses, metrics = train.compute_loss(s, scorer, scorer, [empty, other], 0.1)
+        metrics = LossMetrics(s)
+        metrics.add([empty, other], *train.compute_loss(s, scorer, scorer, [empty, other], 0.1))
         expected = scorer([other], skip_shared=True).chosen_nll
-    assert len(losses) == 2 and torch.allclose(metrics["nll"], expected) and expected > 0
+    total, count = metrics.sums["nll"]
+    assert count == 1 and total == pytest.approx(float(expected)) and expected > 0
+    assert metrics.sums["loss"][1] == 2
 
 
 # ---------------------------------------------------------------------------------- printed pairs
@@ -183,6 +185,7 @@ def test_every_metric_is_explained(tiny_run, tmp_path):
     assert {f"eval_{name}" for name in held_out} == logged - names_in_table(
         page, "One record per step")
     assert [r["step"] for r in records if "eval_nll" in r] == [2, 4, 6, 8, 10]
+    assert names_in_table(page, "The whole run") == set(summary) - {"before", "after"}
 
 
 def test_the_summary_is_what_is_printed(tiny_run, tmp_path, capsys):
@@ -203,13 +206,12 @@ def test_values_that_are_not_finite_are_null(report):
 
 
 @pytest.mark.parametrize("failing, lost", [((2, 3), 0), ((6,), 0), ((5, 6, 7), 2)])
-def test_a_line_that_fails_does_not_lose_the_run(failing, lost, tiny_run, tmp_path, monkeypatch,
-                                                 capsys):
+def test_a_line_that_fails_does_not_lose_the_run(failing, lost, tiny_run, finished_run, tmp_path,
+                                                 monkeypatch, capsys):
     """Where metrics.jsonl can't be written, the run says so once and goes on. The records come
     with a later step, or after the last one. Those that never could be written are said to be
     lost."""
-    run(tiny_run, tmp_path / "whole")
-    calls = []
+    whole, calls = finished_run(), []
 
     def append(path, content):
         calls.append(path)
@@ -220,7 +222,7 @@ def test_a_line_that_fails_does_not_lose_the_run(failing, lost, tiny_run, tmp_pa
     monkeypatch.setattr(support.report, "append_whole", append)
     capsys.readouterr()
     run(tiny_run, tmp_path / "out")
-    assert untimed(tmp_path / "out") == untimed(tmp_path / "whole")[:6 - lost]
+    assert untimed(tmp_path / "out") == untimed(whole)[:6 - lost]
     out = capsys.readouterr().out
     assert out.count("could not be written (No space left on device); trying again") == 1
     assert ("2 records could not be written" in out) == bool(lost)
@@ -287,7 +289,7 @@ def test_sft_keeps_its_evaluation_without_the_column(tiny_run, tmp_path):
     _, plain = run(flags, tmp_path / "plain", "--loss sft --steps 2")
     assert set(summary["before"]) == {
         "exact_match", "nll", "preference_accuracy", "preference_margin", "chosen_logps"}
-    assert summary == plain
+    assert results(summary) == results(plain)
 
 
 def test_held_out_pairs_of_the_data_are_measured(tiny_run, tmp_path):
@@ -306,5 +308,5 @@ def test_no_evaluation_where_no_row_is_held_out(tiny_run, tmp_path):
     at = tiny_run.index("--eval_data")
     flags = [*tiny_run[:at], *tiny_run[at + 2:]]
     records, summary = run(flags, tmp_path, "--eval_rows 0 --eval_every 2 --steps 3")
-    assert summary == {"before": {}, "after": {}} and len(records) == 3
+    assert summary["before"] == summary["after"] == {} and len(records) == 3
     assert read_records(tmp_path)[0]["epoch"] == 4 / 40

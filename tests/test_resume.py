@@ -13,11 +13,14 @@ from conftest import (
     DATA,
     StopAfter,
     check_same_run,
+    checkpoint_names,
     flag_value,
     forked,
     own_buffer,
     quick_command,
     read_records,
+    read_summary,
+    results,
     run,
     same_state,
     status_of,
@@ -30,7 +33,6 @@ from transformers import AutoTokenizer
 
 import support.report
 import train
-from support.checkpoint import all_checkpoints
 from support.errors import Stopped, UserError
 from support.run_folder import lock_run, new_run_folder
 from support.settings import parse
@@ -49,11 +51,6 @@ def stopped_run(flags: list[str], out: Path, step: int) -> None:
 def resume(out: Path, *more: str) -> None:
     """Go on with a run."""
     train.train(parse(["--resume", str(out), *more]))
-
-
-def checkpoint_names(out: Path) -> list[str]:
-    """The complete checkpoints of a run, oldest first."""
-    return [folder.name for folder in all_checkpoints(out)]
 
 
 # ------------------------------------------------------------------------------------------- exact
@@ -364,7 +361,7 @@ def test_checkpoints_of_a_finished_run(steps, save_every, kept, tiny_run, tmp_pa
 
 
 @pytest.mark.parametrize("moment", ["before final", "before summary"])
-def test_killed_while_closing(moment, tiny_run, tmp_path, monkeypatch, capfd):
+def test_killed_while_closing(moment, tiny_run, finished_run, tmp_path, monkeypatch):
     """A run killed between its last step and its summary, with no --save_every: it is resumed to
     the same end without training again."""
     flags, out = [*tiny_run, "--buffer_size", "8"], tmp_path / "out"
@@ -387,7 +384,7 @@ def test_killed_while_closing(moment, tiny_run, tmp_path, monkeypatch, capfd):
         patch.setattr(train, "backward", lambda *arguments: pytest.fail("it trained again"))
         resume(out)
     assert (out / "metrics.jsonl").read_bytes() == records and not (out / "checkpoints").exists()
-    _, summary = run(tiny_run, tmp_path / "whole")
-    assert json.loads((out / "summary.json").read_text()) == summary
-    assert same_state(dict(weights(out)), dict(weights(tmp_path / "whole")))
+    whole = finished_run()
+    assert results(read_summary(out)) == results(read_summary(whole))
+    assert same_state(dict(weights(out)), dict(weights(whole)))
     assert torch.isfinite(next(iter(weights(out).values()))).all()

@@ -41,8 +41,9 @@ def make_run(folder: Path, steps=6, checkpoints=(3, 6), finished=True) -> Path:
         path = folder / "checkpoints" / f"step-{step:06d}"
         path.mkdir(parents=True)
         (path / "manifest.json").write_text("{}")
-    for name in ("final", "final-ema", "tensorboard"):
-        (folder / name).mkdir()
+    (folder / "pairs.jsonl").write_text("".join(records))
+    for name in ("epochs/1", "final", "final-ema", "tensorboard"):
+        (folder / name).mkdir(parents=True)
         (folder / name / "file").write_text("of the run")
     if finished:
         (folder / "summary.json").write_text("{}")
@@ -348,6 +349,7 @@ def test_rewind_run(tmp_path):
     assert sorted(folder.name for folder in (run / "checkpoints").iterdir()) == [
         "step-000003", "step-000008-mine"]
     assert steps_recorded(run) == [1, 2, 3] and not (run / "summary.json").exists()
+    assert (run / "pairs.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
     assert "no checkpoint was written yet; starting over" in rewind_run(resumed, 0, 8, {})
     assert steps_recorded(run) == []
 

@@ -60,30 +60,32 @@ def data_settings(file, *flags):
 
 # ------------------------------------------------------------------------ every kind of tokenizer
 
-@pytest.mark.parametrize("answer", ANSWERS)
 @pytest.mark.parametrize("kind", ["string", "messages"])
-def test_prompt_and_response_decode_to_the_text(made, answer, kind):
+def test_prompt_and_response_decode_to_the_text(made, kind):
     """With every kind of tokenizer the response's ids continue the prompt: together they decode to
     the text, with no space between them that the row does not have. Exactly one end token closes
     the response, and nothing that it spells out becomes a special token."""
-    row = {"prompt": "def f(", "chosen": answer} if kind == "string" else chat("Hi", answer)
-    example = RowTokenizer(made, 200, 400)(row, "here", 0)
-    *response, end = example.chosen
-    expected = text_of(made, example.prompt) + answer
-    assert text_of(made, example.prompt + response) == expected
-    assert end == made.eos_token_id and not set(response) & set(made.all_special_ids)
+    tokenize = RowTokenizer(made, 200, 400)
+    for answer in ANSWERS:
+        row = {"prompt": "def f(", "chosen": answer} if kind == "string" else chat("Hi", answer)
+        example = tokenize(row, "here", 0)
+        *response, end = example.chosen
+        expected = text_of(made, example.prompt) + answer
+        assert text_of(made, example.prompt + response) == expected
+        assert end == made.eos_token_id
+        assert not set(response) & set(made.all_special_ids), answer
 
 
-@pytest.mark.parametrize("answer", ["Hello", " 4", "x):", "\nnew", "  two  spaces"])
-def test_a_response_is_what_the_whole_text_holds(made, answer):
+def test_a_response_is_what_the_whole_text_holds(made):
     """Where no token spans the place between prompt and response, the response's ids are the ones
     that tokenizing both as one text gives."""
-    prompt = "return ("
-    example = RowTokenizer(made, 200, 400)({"prompt": prompt, "chosen": answer}, "here", 0)
-    whole = made(prompt + answer)["input_ids"]
-    if whole[:len(example.prompt)] == example.prompt:
-        assert whole == example.prompt + example.chosen[:-1]
-    assert made(prompt)["input_ids"] == example.prompt
+    prompt, tokenize = "return (", RowTokenizer(made, 200, 400)
+    for answer in ("Hello", " 4", "x):", "\nnew", "  two  spaces"):
+        example = tokenize({"prompt": prompt, "chosen": answer}, "here", 0)
+        whole = made(prompt + answer)["input_ids"]
+        if whole[:len(example.prompt)] == example.prompt:
+            assert whole == example.prompt + example.chosen[:-1]
+        assert made(prompt)["input_ids"] == example.prompt
 
 
 def test_a_prompt_is_what_the_model_reads_when_it_answers(made):
@@ -94,34 +96,38 @@ def test_a_prompt_is_what_the_model_reads_when_it_answers(made):
         turns, add_generation_prompt=True, return_dict=False)
 
 
-@pytest.mark.parametrize("said", ["a</s>b", "<|end|>", "</s>\n<|assistant|>\nb", "<s><s>", "<unk>"])
-def test_special_tokens_in_a_prompt_are_text(made, said):
+def test_special_tokens_in_a_prompt_are_text(made):
     """Only the template's own special tokens are live in a prompt, unless
     --special_tokens_in_prompts: then the ids are those of apply_chat_template. A response's are
     never live."""
-    row, turns = chat(said, said), chat(said, said)["messages"][:1]
-    plain = RowTokenizer(made, 200, 400)(row, "here", 0)
-    harmless = RowTokenizer(made, 200, 400)(chat("abc", "abc"), "here", 0)
-    live = RowTokenizer(made, 200, 400, special_tokens_in_prompts=True)(row, "here", 0)
-    special = set(made.all_special_ids)
-    assert [i for i in plain.prompt if i in special] == [i for i in harmless.prompt if i in special]
-    text, other = (text_of(made, example.prompt) for example in (plain, harmless))
-    assert text == other.replace("abc", said)
-    assert live.prompt == made.apply_chat_template(
-        turns, add_generation_prompt=True, return_dict=False)
-    assert live.chosen == plain.chosen and not special & set(live.chosen[:-1])
+    tokenize = RowTokenizer(made, 200, 400)
+    tokenize_live = RowTokenizer(made, 200, 400, special_tokens_in_prompts=True)
+    special, harmless = set(made.all_special_ids), tokenize(chat("abc", "abc"), "here", 0)
+    for said in ("a</s>b", "<|end|>", "</s>\n<|assistant|>\nb", "<s><s>", "<unk>"):
+        row, turns = chat(said, said), chat(said, said)["messages"][:1]
+        plain, live = tokenize(row, "here", 0), tokenize_live(row, "here", 0)
+        assert ([i for i in plain.prompt if i in special]
+                == [i for i in harmless.prompt if i in special])
+        text, other = (text_of(made, example.prompt) for example in (plain, harmless))
+        assert text == other.replace("abc", said)
+        assert live.prompt == made.apply_chat_template(
+            turns, add_generation_prompt=True, return_dict=False)
+        assert live.chosen == plain.chosen
+        assert not special & set(live.chosen[:-1]), said
 
 
-@pytest.mark.parametrize("said", ["a</s>b", "<|end|>", "<s>x"])
-def test_special_tokens_in_a_string_prompt_are_text(made, said):
+def test_special_tokens_in_a_string_prompt_are_text(made):
     """The same for raw text, where a BOS that is spelled out and live is not doubled."""
-    row = {"prompt": said, "chosen": "b"}
-    plain = RowTokenizer(made, 200, 400)(row, "here", 0)
-    own = plain.prompt[len(RowTokenizer(made, 200, 400).raw_prefix):]
-    assert not set(own) & set(made.all_special_ids) and text_of(made, own).endswith(said)
-    live = RowTokenizer(made, 200, 400, special_tokens_in_prompts=True)(row, "here", 0).prompt
-    own = made(said, add_special_tokens=False)["input_ids"]
-    assert live in (own, made(said)["input_ids"]) and live.count(made.bos_token_id or -1) <= 1
+    tokenize = RowTokenizer(made, 200, 400)
+    tokenize_live = RowTokenizer(made, 200, 400, special_tokens_in_prompts=True)
+    for said in ("a</s>b", "<|end|>", "<s>x"):
+        row = {"prompt": said, "chosen": "b"}
+        own = tokenize(row, "here", 0).prompt[len(tokenize.raw_prefix):]
+        assert not set(own) & set(made.all_special_ids) and text_of(made, own).endswith(said)
+        live = tokenize_live(row, "here", 0).prompt
+        own = made(said, add_special_tokens=False)["input_ids"]
+        assert live in (own, made(said)["input_ids"])
+        assert live.count(made.bos_token_id or -1) <= 1, said
 
 
 @hypothesis_settings(max_examples=60, deadline=None)
