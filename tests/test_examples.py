@@ -83,7 +83,7 @@ def test_examples_print_what_their_headers_show(name, tmp_path):
         (tmp_path / path).symlink_to(REPOSITORY / path)
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     done = subprocess.run([sys.executable, str(EXAMPLES / f"{name}.py")], cwd=tmp_path, text=True,
-                          capture_output=True, timeout=300,
+                          capture_output=True, timeout=900,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 60
@@ -351,7 +351,7 @@ def test_ddp_needs_the_scorer(tmp_path):
         program = program.replace(name, repr(str(value)))
     (tmp_path / "program.py").write_text(program)
     done = subprocess.run([*TORCHRUN, str(tmp_path / "program.py")], capture_output=True, text=True,
-                          timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                          timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     assert [line for line in done.stdout.splitlines() if line in ("same", "different")] == [
         "same", "different"]
@@ -365,7 +365,7 @@ def test_the_trainer_example_under_torchrun(tmp_path):
 
     (tmp_path / "data").symlink_to(REPOSITORY / "data")
     done = subprocess.run([*TORCHRUN, str(EXAMPLES / "trainer.py")], cwd=tmp_path, text=True,
-                          capture_output=True, timeout=300,
+                          capture_output=True, timeout=900,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     policy = AutoModelForCausalLM.from_pretrained(tmp_path / "runs/trainer/final")
