@@ -120,8 +120,8 @@ FEW_ROWS = (8, 16, 48, 128, 512)
 SAME_COST = [Row("SFT, as long as SAPO-DPO takes", "sft", cost_of="sapo-dpo"),
              Row("SFT, as long as SAPO-ORPO takes", "sft", cost_of="sapo-orpo")]
 MAIN = [
-    *as_tuned("sft"), *SAME_COST,
-    *as_tuned("dpo", "orpo", "spin-dpo", "spin-orpo", "sapo-dpo", "sapo-orpo")]
+    *as_tuned("sft", "sapo-dpo", "sapo-orpo"), *SAME_COST,
+    *as_tuned("dpo", "orpo", "spin-dpo", "spin-orpo")]
 FIVE, THREE = range(5), range(3)
 IS_SAPO = as_tuned("sapo-{loss}")[0]._replace(title="SAPO")
 
