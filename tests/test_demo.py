@@ -23,16 +23,16 @@ def loaded(path: Path):
 
 @pytest.mark.slow
 def test_the_demo(tmp_path):
-    """The main job, as the README has it: within 10 minutes on a slow machine, clearly better than
-    its start, and it says what it did, without a warning or a bar of another library."""
+    """The main job, as the README has it: within 10 minutes on a slow machine, the habit is broken,
+    and it says what it did, without a warning or a bar of another library."""
     start = time.perf_counter()
     done = command(cwd=tmp_path)
     assert time.perf_counter() - start < 600
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "runs" / "0001" / "summary.json").read_text())
     before, after = (summary[when]["exact_match"] for when in ("before", "after"))
-    assert 0.3 < before < 0.75
-    assert after > before + 0.03                    # the spread over seeds is below that
+    assert 0.4 < before < 0.55
+    assert after > before + 0.1                     # +0.164 where the recipe was written
     for words in ("exact_match", "  B' ", "saved runs/0001/final"):
         assert words in done.stdout
     assert not re.search("Loading weights|Writing model shards|[Ww]arning", done.stdout)
