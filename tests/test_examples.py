@@ -63,11 +63,11 @@ def printed_in_header(name: str) -> list[str]:
     """The output that a program's docstring shows: the indented block after "prints"."""
     header = ast.get_docstring(ast.parse((EXAMPLES / f"{name}.py").read_text(encoding="utf-8")))
     block = re.search(r" prints.*?:\n\n((?:    .*\n)+)", header + "\n")[1]
-    return [line.strip() for line in block.splitlines()]
+    return [line[4:] for line in block.splitlines()]
 
 
 def losses_in(line: str) -> list[float]:
-    return [float(x) for x in re.findall(rf"(?:loss|copies|MB)\W+({NUMBER})", line)]
+    return [float(x) for x in re.findall(rf"(?:loss|copies|adapters)\W+({NUMBER})", line)]
 
 
 @pytest.mark.slow
