@@ -208,7 +208,7 @@ def check_saved_the_same(one: Path, other: Path) -> None:
 def test_resume_is_exact_with_everything_saved(stop, tiny_run, tmp_path):
     """A run that was stopped and resumed leaves the same pairs, EMA model, epochs and sums as one
     that never stopped, also where pairs and epochs beyond its checkpoint had been written."""
-    flags = [*tiny_run, *f"{ALL} --batch_size 16 --buffer_size 16 --save_every 3".split()]
+    flags = [*tiny_run, *f"{ALL} --batch_size 16 --buffer_size 16 --save_every 3 --keep 9".split()]
     train.train(parse([*flags, "--out", str(tmp_path / "whole")]))
     out = tmp_path / "stopped"
     stopped_run(flags, out, stop)
@@ -221,7 +221,7 @@ def test_resume_is_exact_with_everything_saved(stop, tiny_run, tmp_path):
 def test_two_processes_save_all_pairs(tiny_run, tmp_path):
     """With two processes, pairs.jsonl has the pairs of both, once each; a resumed run's file is the
     same, and so are its sums."""
-    flags = [*tiny_run, *f"{ALL} --batch_size 16 --buffer_size 16 --save_every 3".split()]
+    flags = [*tiny_run, *f"{ALL} --batch_size 16 --buffer_size 16 --save_every 3 --keep 9".split()]
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert two_processes(lambda: train.train(parse([*flags, "--out", str(whole)]))) == [0, 0]
 
