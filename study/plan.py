@@ -248,14 +248,21 @@ def same_cost_steps(results: Results, testbed: str, method: str,
     """How many steps of `method` take the CPU seconds that a run of `other` takes.
 
     By the cheapest tuning run of each: other programs on the machine make a run cost more, never
-    less. Returns the tuning runs of both, too; None for the steps while they are not done.
+    less. A run that waited for a core most of the time counts only where there is no other: the
+    share in which it had one changed too much within the run for training_cpu_seconds. Returns the
+    tuning runs of both, too; None for the steps while they are not done.
     """
     ours, theirs = tuning_runs(testbed, method), tuning_runs(testbed, other)
     lines = {run: results.line_of(run) for run in [*ours, *theirs]}
     if None in lines.values():
         return [*ours, *theirs], None
-    our_cost, their_cost = (min(training_cpu_seconds(lines[run]) for run in runs)
-                            for runs in (ours, theirs))
+
+    def cost(runs: list[Run]) -> float:
+        done = [lines[run] for run in runs]
+        steady = [line for line in done if line["cpu_seconds"] >= line["wall_seconds"] / 2]
+        return min(map(training_cpu_seconds, steady or done))
+
+    our_cost, their_cost = cost(ours), cost(theirs)
     return [*ours, *theirs], max(1, round(steps_of(testbed) * their_cost / our_cost))
 
 
