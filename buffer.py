@@ -17,12 +17,12 @@ class ReplayBuffer:
     numpy.random.default_rng takes it. An item that was drawn c times so far has weight 1 / (1 + c),
     so items that were used less are drawn more often. Raises ValueError for a capacity below 1.
 
-    .items and .counts are lists, oldest first. For reports: .evicted counts the dropped items,
-    .evicted_unused those of them that were never drawn. .drawn_counts: how often each item of the
-    last sample had been drawn before.
-
         capacity 2, add "a", "b", "c"  ->  holds "b", "c"
         counts [0, 3]                  ->  the first is drawn with probability 1 / (1 + 1/4) = 0.8
+
+    .items and .counts are lists, oldest first. For reports alone: .evicted counts the dropped
+    items, .evicted_unused those of them that were never drawn. .drawn_counts: how often each item
+    of the last sample had been drawn before.
     """
 
     def __init__(self, capacity: int, seed: int | list[int] = 0):
@@ -57,7 +57,7 @@ class ReplayBuffer:
             raise ValueError(f"cannot draw {k} of {len(self)} items")
         weights = 1 / (1 + np.array(self.counts, dtype=float))
         drawn = []
-        if k:
+        if k:                           # choice refuses an empty buffer, even for k = 0
             drawn = self.rng.choice(len(self), k, replace=False, p=weights / weights.sum())
         self.drawn_counts = [self.counts[i] for i in drawn]
         for i in drawn:
@@ -75,7 +75,7 @@ class ReplayBuffer:
                 "evicted": self.evicted, "evicted_unused": self.evicted_unused}
 
     def load_state_dict(self, state: dict, item=None) -> None:
-        """Restore what state_dict gave. item: the named tuple to rebuild the items with.
+        """Restore what state_dict gave. item: the class of named tuple to make of the items again.
 
         Raises ValueError when there are more items than this buffer's capacity.
         """

@@ -20,21 +20,24 @@ from torch import nn
 
 
 class EMA:
-    """Exponential moving average of a model's weights (Eq. 6; Algorithm 1 lines 3 and 17).
+    """Exponential moving average of a model's weights (Algorithm 1 lines 3 and 17).
+
+        theta_ema <- decay * theta_ema + (1 - decay) * theta        (Eq. 6)
 
     model: the policy. decay: alpha of Eq. 6; 0 follows the policy, 1 never moves.
     update_every: optimizer steps between two refreshes (2 in the paper).
+    .model is the averaged model: in eval mode (no dropout), no parameter requires a gradient.
+
+        decay 0.5, update_every 1, theta_ema 0, theta 1  ->  theta_ema 0.5, then 0.75, then 0.875
+
     trainable_only: parameters with requires_grad=False, and buffers, are shared with the policy,
     not copied (for adapters on a frozen or quantised base).
     copy: a copy of `model` made elsewhere, for models that can't be deep-copied (sharded ones);
     nothing is shared then.
 
-    .model is the averaged model: in eval mode (no dropout), no parameter requires a gradient.
     Raises ValueError for a decay outside [0, 1], an update_every below 1, a wrapper (DDP, FSDP),
-    and a model whose forward was replaced by a function (as some trainers do): the copy would still
-    run the policy.
-
-        decay 0.5, update_every 1, theta_ema 0, theta 1  ->  theta_ema 0.5, then 0.75, then 0.875
+    and a model whose forward was replaced by a function (TRL does that): the copy would still run
+    the policy.
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.5, update_every: int = 2,
@@ -46,7 +49,7 @@ class EMA:
         if hasattr(model, "module"):
             raise ValueError(f"EMA takes the model inside {type(model).__name__}, not the wrapper")
         for name, module in model.named_modules():
-            if runs_the_original(vars(module).get("forward")):
+            if copy_would_share(vars(module).get("forward")):
                 raise ValueError(f"the forward of {name or 'the model'} was replaced by a function,"
                                  " which a copy would share; make the EMA model before that")
         self.decay, self.update_every, self.steps = decay, update_every, 0
@@ -58,7 +61,7 @@ class EMA:
             copy = copying.deepcopy(model, memo={id(tensor): tensor for tensor in shared})
         self.averaged = [name for name, p in model.named_parameters()
                          if p.requires_grad or not trainable_only]
-        # Nothing changes for shared parameters: they require no gradient in the policy either.
+        # Shared parameters require no gradient already.
         self.model = copy.eval().requires_grad_(False)
         self.trainable_only = trainable_only
 
@@ -66,7 +69,7 @@ class EMA:
     def update(self, model: nn.Module) -> bool:
         """Count one optimizer step of `model`; at every update_every-th, refresh and return True.
 
-        theta_ema <- decay * theta_ema + (1 - decay) * theta (Eq. 6). Buffers are copied.
+        Parameters move by Eq. 6; buffers are copied.
         """
         self.steps += 1
         if self.steps % self.update_every:
@@ -99,11 +102,12 @@ class EMA:
         self.steps = state["steps"]
 
 
-def runs_the_original(forward) -> bool:
-    """Is `forward` a function put in the place of a method? A deep copy of the module shares it.
+def copy_would_share(forward) -> bool:
+    """Would a deep copy of a module run this `forward`, taken from the module, as it is?
 
-    Safe, because deepcopy copies them with the module, are bound methods, and a functools.partial
-    of a bound method or of a function without a closure (accelerate makes these).
+    None stands for the method of the class, which is no problem. deepcopy copies bound methods with
+    the module, also inside a functools.partial (accelerate makes these), but never a function: that
+    goes on calling whatever model its closure holds.
     """
     if isinstance(forward, functools.partial):
         return isinstance(forward.func, types.FunctionType) and bool(forward.func.__closure__)

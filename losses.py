@@ -1,8 +1,9 @@
 """Sequence log-probabilities and the two preference losses of SAPO: DPO and ORPO.
 
-B is the number of sequences or pairs, T the padded length, V the vocabulary, N a number of tokens.
-A log-probability is in nats. "logps" holds one number per sequence: the sum over its tokens or,
-with average=True, their mean. DPO takes sums, ORPO takes means. Equations: arXiv 2405.20830.
+Shapes: T is the padded length, V the vocabulary, N a number of tokens; (sequences,) and (pairs,)
+name the batch. A log-probability is in nats. "logps" holds one number per sequence: the sum over
+its tokens or, with average=True, their mean. DPO takes sums, ORPO takes means. Equations: arXiv
+2405.20830.
 
     chosen_logps = sequence_logps(model(ids).logits, labels)    # labels: -100 on prompt and padding
     losses, chosen_rewards, rejected_rewards = dpo_loss(
@@ -16,26 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def sequence_logps(logits: Tensor, labels: Tensor, average: bool = False) -> Tensor:
-    """Log-probability of each labelled sequence.
-
-    logits: (B, T, V) as a causal model returns them. labels: (B, T) token ids; -100 marks what is
-    not scored (prompt, padding). Give both unshifted: the shift is done here, logits[:, t] scores
-    labels[:, t + 1], so labels[:, 0] is never scored. Returns (B,) in at least fp32: the sum over
-    the labelled tokens, or their mean (0 where a row has none). Raises ValueError when the shapes
-    do not match.
-
-        labels [[-100, 7, 8, -100]]  ->  log_softmax(logits[0, 0])[7] + log_softmax(logits[0, 1])[8]
-    """
-    if logits.ndim != 3 or logits.shape[:2] != labels.shape:
-        raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} "
-                         "do not match in (B, T)")
-    logits, targets = logits[:, :-1], labels[:, 1:]
-    logps = token_logps(logits.flatten(0, 1), targets.flatten()).view(targets.shape)    # (B, T - 1)
-    count = (targets != -100).sum(-1).clamp(min=1)
-    return logps.sum(-1) / count if average else logps.sum(-1)
-
-
 def token_logps(logits: Tensor, labels: Tensor) -> Tensor:
     """Log-probability of each label: logits (N, V), labels (N,) -> (N,) in at least fp32.
 
@@ -44,16 +25,37 @@ def token_logps(logits: Tensor, labels: Tensor) -> Tensor:
     return -F.cross_entropy(at_least_fp32(logits), labels, ignore_index=-100, reduction="none")
 
 
+def sequence_logps(logits: Tensor, labels: Tensor, average: bool = False) -> Tensor:
+    """Log-probability of each labelled sequence.
+
+    logits: (sequences, T, V) as a causal model returns them. labels: (sequences, T) token ids; -100
+    marks what is not scored (prompt, padding). Give both unshifted: the shift is done here,
+    logits[:, t] scores labels[:, t + 1], so labels[:, 0] is never scored. Returns (sequences,) in
+    at least fp32: the sum over the labelled tokens, or their mean (0 where a row has none). Raises
+    ValueError when the shapes do not match.
+
+        labels [[-100, 7, 8, -100]]  ->  log_softmax(logits[0, 0])[7] + log_softmax(logits[0, 1])[8]
+    """
+    if logits.ndim != 3 or logits.shape[:2] != labels.shape:
+        raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} "
+                         "do not match in (sequences, T)")
+    logits, targets = logits[:, :-1], labels[:, 1:]
+    logps = token_logps(logits.flatten(0, 1), targets.flatten())
+    logps = logps.view(targets.shape)                                   # (sequences, T - 1)
+    count = (targets != -100).sum(-1).clamp(min=1)
+    return logps.sum(-1) / count if average else logps.sum(-1)
+
+
 def dpo_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor,
              reference_chosen_logps: Tensor, reference_rejected_logps: Tensor,
              beta: float = 0.1, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """DPO (Rafailov et al. 2023; Eq. 1): prefer the chosen response more than the reference does.
 
-    The arguments are (B,) each: summed log-probabilities. beta: strength of the pull towards the
-    reference. label_smoothing: assumed probability that chosen and rejected are swapped
-    (conservative DPO); 0 is Eq. 1. Returns (losses, chosen_rewards, rejected_rewards), (B,) each,
-    in at least fp32. The rewards, beta * (policy - reference), are detached. Raises ValueError when
-    the shapes differ.
+    The arguments are summed log-probabilities, (pairs,) each. beta: strength of the pull towards
+    the reference. label_smoothing: assumed probability that chosen and rejected are swapped
+    (conservative DPO); 0 is Eq. 1. Returns (losses, chosen_rewards, rejected_rewards), (pairs,)
+    each, in at least fp32. The rewards, beta * (policy - reference), are detached. Raises
+    ValueError when the shapes differ.
 
         every logp equal  ->  losses = log 2 = 0.6931, rewards = 0
     """
@@ -62,9 +64,9 @@ def dpo_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor,
         reference_chosen_logps, reference_rejected_logps)
     policy_logratios = policy_chosen - policy_rejected
     reference_logratios = reference_chosen - reference_rejected
-    logits = beta * (policy_logratios - reference_logratios)
-    losses = (-F.logsigmoid(logits) * (1 - label_smoothing)
-              - F.logsigmoid(-logits) * label_smoothing)
+    margins = beta * (policy_logratios - reference_logratios)
+    losses = (-F.logsigmoid(margins) * (1 - label_smoothing)
+              - F.logsigmoid(-margins) * label_smoothing)
     chosen_rewards = beta * (policy_chosen - reference_chosen).detach()
     rejected_rewards = beta * (policy_rejected - reference_rejected).detach()
     return losses, chosen_rewards, rejected_rewards
@@ -76,12 +78,12 @@ def orpo_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, chosen
 
     losses = chosen_nll - lam * log sigmoid(log odds of chosen - log odds of rejected)
 
-    policy_*_logps: (B,) mean log-probabilities per token, <= 0. chosen_nll: (B,) the supervised
-    term, the mean negative log-likelihood of the chosen response. lam: weight of the odds ratio
-    term.
-    Returns (losses, chosen_rewards, rejected_rewards), (B,) each, in at least fp32. The rewards,
-    lam * logps, are detached. Losses and gradients are finite for every logp <= 0, 0 included.
-    Raises ValueError when the shapes differ.
+    policy_*_logps: (pairs,) mean log-probabilities per token, <= 0. chosen_nll: (pairs,) the
+    supervised term: -policy_chosen_logps, unless it counts the prompt's tokens, too. lam: weight of
+    the odds ratio term.
+    Returns (losses, chosen_rewards, rejected_rewards), (pairs,) each, in at least fp32. The rewards
+    are for logging: lam * logps, detached. Losses and gradients are finite for every logp <= 0, 0
+    included. Raises ValueError when the shapes differ.
 
         chosen = rejected  ->  log odds ratio 0, losses = chosen_nll + lam * 0.6931
     """
@@ -98,10 +100,10 @@ def log_odds(logps: Tensor) -> Tensor:
 
 
 def same_shape(*tensors: Tensor) -> list[Tensor]:
-    """The tensors in at least fp32. Shapes (B,) and (B, 1) would broadcast to (B, B) unseen."""
+    """The tensors in at least fp32. (n,) and (n, 1) would broadcast to (n, n) unseen."""
     shapes = [tuple(tensor.shape) for tensor in tensors]
     if len(set(shapes)) > 1:
-        raise ValueError(f"all arguments must have the same shape (B,), not {shapes}")
+        raise ValueError(f"all arguments must have the same shape (pairs,), not {shapes}")
     return [at_least_fp32(tensor) for tensor in tensors]
 
 

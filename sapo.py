@@ -1,27 +1,22 @@
 """The method of SAPO (Self-Augmented Preference Optimization, arXiv 2405.20830).
 
+First reading, to line 330: what the method is.
+    Example, Pair       token ids of x and y+, and of x, y+ and y-
     choose_segment      where B lies in a chosen response A B C             Algorithm 1 line 8
-    generate_segments   write B' after x and A, with a KV cache             line 9
     splice              put A B' C together                                 line 10, Eq. 5
-    make_pairs          the three of them for a batch of examples           lines 7 to 10
+    make_pairs          lines 8 to 10 for a batch of examples               lines 7 to 10
+    generate_segments   write B' after x and A                              line 9
     pair_logps          log-probabilities of y+ and y-                      for Eq. 1 and 3
-    find_shortcuts, check_generation: what a given model can do (read last)
+Second reading: how it is done with less work.
+    prefill, decode     what generate_segments does: a KV cache
+    fast_pair_logps     the numbers of pair_logps, with x and A read once
+    find_shortcuts, check_generation: what a given model can do
 
-First reading: "segments and pairs", generate_segments, and pair_logps to labels_from, some 260
-lines. Second: how a KV cache is written (prefill, decode), and how pairs are scored with less work.
-
-Everything is token ids; nothing is decoded and tokenized again. x is the prompt, y+ = A B C the
-chosen and y- = A B' C the rejected response. Shapes: T is a padded length, D the hidden size, V the
-vocabulary, N a number of tokens; (pairs,), (slots, V) and so on name the batch. A slot is a row of
-the KV cache, one per continuation.
-
-What `model` must offer, as every causal LM of transformers does:
-- model(input_ids=, attention_mask=, use_cache=False).logits (rows, T, V), parameters(), modules();
-- to generate: position_ids= (rows, T), a 4-D attention_mask= that is added to the attention
-  scores, and cache= (or past_key_values=), on which layers call update(keys, values, layer_idx);
-- for shortcuts: base_model(...).last_hidden_state (rows, T, D), get_output_embeddings() and, to
-  find them, base_model_prefix;
-- where layers have a window: config.sliding_window and config.layer_types.
+x is the prompt, y+ = A B C the chosen and y- = A B' C the rejected response. All are token ids;
+nothing is decoded and tokenized again. Shapes: T is a padded length, D the hidden size, V the
+vocabulary, N a number of tokens; (pairs,), (slots, V) and so on name the batch. `model` is any
+causal LM of transformers; "talking to models" lists what is asked of another one. as_ids, one_each,
+eos_ids_of and refuse_model ("checking arguments") return what they check as plain lists, or raise.
 
 Needs losses.py, torch >= 2.9, numpy >= 1.26; models of transformers >= 5.0.
 MIT licence; from the reference code for SAPO (arXiv 2405.20830).
@@ -44,6 +39,7 @@ try:
 except ImportError:
     from losses import sequence_logps, token_logps
 
+
 class Example(NamedTuple):
     """A prompt and its chosen response as token ids, the end token included if there is one.
 
@@ -55,12 +51,13 @@ class Example(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A preference pair as token ids: x, y+ = A B C and y- = A B' C.
+    """A preference pair as token ids.
 
-    A is chosen[:start] and rejected[:start]. B is chosen[start:stop] and B' is
-    rejected[start:rejected_stop]; None stands for the end of the response. C is chosen[stop:], and
-    rejected[rejected_stop:] is C or, where y- goes without it, empty. example_id: its place in the
-    data. step: the optimizer step at which the pair was made.
+        chosen    y+ = A | B  | C       cut at start and stop
+        rejected  y- = A | B' | C       cut at start and rejected_stop; C may be missing here
+
+    stop, rejected_stop: None stands for the end of the response. example_id: its place in the data.
+    step: the optimizer step at which the pair was made.
     """
     prompt: list[int]
     chosen: list[int]
@@ -83,9 +80,8 @@ def choose_segment(response_len: int, segment_len: int,
         response_len 5, segment_len 3  ->  (0, 3), (1, 4) or (2, 5), a third each
         response_len 2, segment_len 3  ->  (0, 2)
     """
-    if response_len < 1 or segment_len < 1:
-        raise ValueError("response_len and segment_len must be at least 1, "
-                         f"not {response_len} and {segment_len}")
+    refuse_unless(response_len >= 1 and segment_len >= 1, "response_len and segment_len must be at "
+                  f"least 1, not {response_len} and {segment_len}")
     n = min(segment_len, response_len)
     start = int(rng.integers(0, response_len - n + 1))
     return start, start + n
@@ -111,43 +107,38 @@ def splice(response: Sequence[int], start: int, stop: int, segment: Sequence[int
 def make_pairs(model, examples: Sequence[Example], segment_len: int,
                rng: np.random.Generator | Sequence[np.random.Generator], *,
                eos_token_id: int | Sequence[int] | None, num_rejected: int = 1,
-               max_new_tokens: int | Sequence[int] = 256, segment_eos: str = "stop",
-               tail: str = "keep", step: int = 0, **sampling) -> list[Pair]:
+               tail: str = "keep", segment_eos: str = "stop",
+               max_new_tokens: int | Sequence[int] = 256, **sampling) -> list[Pair]:
     """Algorithm 1 lines 7 to 10: `model`, the EMA model, rewrites a segment of each response.
 
-    examples: (prompt, chosen[, example_id]) tuples of token ids. segment_len: N_seg; 0 rewrites the
-    whole response, until an end token or max_new_tokens (one number, or one per example).
-    rng: draws where the segments lie (one generator, or one per example).
-    num_rejected: rewrites per example, all of the same segment, so that x and A are read once.
-    segment_eos: "stop" ends y- at an end token in B'; "forbid" bans end tokens in B' where the
-    chosen response goes on after B.
+    examples: (prompt, chosen[, example_id]) tuples of token ids. segment_len: N_seg, the tokens of
+    B, and the most of B'; 0 rewrites the whole response. rng: draws where the segments lie (one
+    generator, or one per example). num_rejected: rewrites per example, all of the same segment.
     tail: "keep" makes y- = A B' C (Eq. 5); "drop" makes y- = A B'; "rewrite" lets B reach to the
-    end of the response, so that C is empty: B' ends with an end token, or with the last of
-    max_new_tokens - len(A) tokens (of as many as a segment has, where that is more).
+    end of the response, so that B' is everything after A.
+    segment_eos: "stop" ends y- at an end token in B'; "forbid" bans end tokens in B' where C is not
+    empty.
+    max_new_tokens: the longest y- where B' may be longer than B: with segment_len 0, and with tail
+    "rewrite" (one number, or one per example). Nothing else depends on it.
     sampling: temperature, top_k, top_p, generator and decode_step of generate_segments.
-    Returns num_rejected pairs per example, in the order of the examples. Raises ValueError on an
-    empty response, on another value of segment_eos or tail, and where generate_segments does.
+    Returns num_rejected pairs per example, in the order of the examples. If B holds the end token
+    of y+ and B' has none, y- has none. Raises ValueError on an empty response, on another value of
+    tail or segment_eos, and where generate_segments does.
     """
-    if segment_eos not in ("stop", "forbid"):
-        raise ValueError(f"segment_eos must be 'stop' or 'forbid', not {segment_eos!r}")
-    if tail not in ("keep", "drop", "rewrite"):
-        raise ValueError(f"tail must be 'keep', 'drop' or 'rewrite', not {tail!r}")
-    examples = [Example(*example) for example in examples]
-    examples = [Example(as_ids(prompt, "prompt"), as_ids(chosen, "chosen"), example_id)
-                for prompt, chosen, example_id in examples]
+    refuse_unless(tail in ("keep", "drop", "rewrite"),
+                  f"tail must be 'keep', 'drop' or 'rewrite', not {tail!r}")
+    refuse_unless(segment_eos in ("stop", "forbid"),
+                  f"segment_eos must be 'stop' or 'forbid', not {segment_eos!r}")
+    examples = [checked_example(example) for example in examples]
     rngs = one_each(rng, examples, "rng")
-    response_limits = one_each(max_new_tokens, examples, "max_new_tokens")
-    spans, prefixes, limits, forbid_eos = [], [], [], []
-    for (prompt, chosen, _), example_rng, response_limit in zip(
-            examples, rngs, response_limits, strict=True):
-        start, stop = choose_segment(                                                   # line 8
-            len(chosen), segment_len or len(chosen), example_rng)
-        segment_limit = stop - start if segment_len else response_limit
-        if tail == "rewrite":           # B reaches to the end of the response
-            stop, segment_limit = len(chosen), max(segment_limit, response_limit - start)
+    max_lens = one_each(max_new_tokens, examples, "max_new_tokens")
+    spans, limits, prefixes, forbid_eos = [], [], [], []
+    for (prompt, chosen, _), example_rng, max_len in zip(examples, rngs, max_lens, strict=True):
+        start, stop, limit = segment_span(                                              # line 8
+            len(chosen), segment_len, example_rng, tail, max_len)
         spans.append((start, stop))
+        limits.append(limit)
         prefixes.append([*prompt, *chosen[:start]])                     # x A
-        limits.append(segment_limit)
         forbid_eos.append(segment_eos == "forbid" and stop < len(chosen))
     segments = generate_segments(                                                       # line 9
         model, prefixes, limits, eos_token_id=eos_token_id, num_return=num_rejected,
@@ -155,15 +146,29 @@ def make_pairs(model, examples: Sequence[Example], segment_len: int,
     pairs = []
     for example, (start, stop), rewrites in zip(examples, spans, segments, strict=True):
         prompt, chosen, example_id = example
-        spliced_into = chosen[:stop] if tail == "drop" else chosen
+        kept = chosen[:stop] if tail == "drop" else chosen
         for segment in rewrites:
-            rejected = splice(spliced_into, start, stop, segment, eos_token_id)         # line 10
+            rejected = splice(kept, start, stop, segment, eos_token_id)                 # line 10
             pairs.append(Pair(prompt, chosen, rejected, start, stop, start + len(segment),
-                              example_id, step))
+                              example_id))
     return pairs
 
 
-# -------------------------------------------------------------------------------------- generation
+def segment_span(response_len: int, segment_len: int, rng: np.random.Generator, tail: str,
+                 max_len: int) -> tuple[int, int, int]:
+    """choose_segment with the settings of make_pairs: (start, stop, most tokens of B').
+
+        tail "keep" or "drop"   B' has at most as many tokens as B
+        segment_len 0           B is the whole response, B' has at most max_len tokens
+        tail "rewrite"          B reaches to the end of y+, A B' may have max_len tokens (and B'
+                                segment_len tokens in any case)
+    """
+    start, stop = choose_segment(response_len, segment_len or response_len, rng)
+    limit = stop - start if segment_len else max_len
+    if tail == "rewrite":
+        stop, limit = response_len, max(limit, max_len - start)
+    return start, stop, limit
+
 
 @torch.no_grad()
 def generate_segments(model, prefixes: Sequence[Sequence[int]],
@@ -181,7 +186,7 @@ def generate_segments(model, prefixes: Sequence[Sequence[int]],
     (0: all), then top_p, in that order. generator: draws the tokens.
     num_return: continuations per prefix, which is read once for all of them.
     forbid_eos: one bool, or one per prefix: no end token is produced there.
-    decode_step: for speed alone; takes and returns what plain_decode_step(model) does.
+    decode_step: a faster replacement for plain_decode_step(model), which is the default.
     Returns num_return token lists for each prefix. During the call, a model in training mode is in
     eval mode (no dropout). check_generation(model) tells whether a model can work with the cache.
     Raises ValueError for an empty prefix, for values that are not token ids, for lists of unequal
@@ -193,76 +198,174 @@ def generate_segments(model, prefixes: Sequence[Sequence[int]],
     limits = one_each(max_new_tokens, prefixes, "max_new_tokens")
     forbid = one_each(forbid_eos, prefixes, "forbid_eos")
     eos_ids = eos_ids_of(eos_token_id)
-    if not all(prefixes):
-        raise ValueError("a prefix needs at least one token")
-    if num_return < 1 or not temperature >= 0:
-        raise ValueError("num_return must be at least 1 and temperature at least 0, "
-                         f"not {num_return} and {temperature}")
-    if any(limit < 0 for limit in limits):
-        raise ValueError(f"max_new_tokens must not be negative, but is {min(limits)}")
+    refuse_unless(all(prefixes), "a prefix needs at least one token")
+    refuse_unless(min(limits, default=0) >= 0, "max_new_tokens must not be negative")
+    refuse_unless(num_return >= 1, f"num_return must be at least 1, not {num_return}")
+    refuse_unless(temperature >= 0, f"temperature must be at least 0, not {temperature}")
     if not prefixes or max(limits) == 0:
         return [[[] for _ in range(num_return)] for _ in prefixes]
     with eval_mode(model):
-        cache = prefill(model, prefixes, max(limits))
+        cache = prefill(model, prefixes, max(limits))           # the cache has a slot per prefix,
         slots = [i for i in range(len(prefixes)) for _ in range(num_return)]
-        cache.select_slots(slots)                               # one slot per continuation
+        cache.select_slots(slots)                               # now a slot per continuation
         outputs = decode(
-            model, decode_step or plain_decode_step(model), cache, [prefixes[i] for i in slots],
-            [limits[i] for i in slots], [forbid[i] for i in slots], eos_ids,
-            lambda logits: sample_tokens(logits, temperature, top_k, top_p, generator))
+            model, decode_step or plain_decode_step(model), cache,
+            [prefixes[i] for i in slots], [limits[i] for i in slots], [forbid[i] for i in slots],
+            eos_ids, choose=lambda logits: sample_tokens(logits, temperature, top_k, top_p,
+                                                         generator))
     return [outputs[i:i + num_return] for i in range(0, len(outputs), num_return)]
 
 
-class KVCache:
-    """Keys and values of every layer, allocated once and written in place: a slot per sequence.
+def sample_tokens(logits: Tensor, temperature: float, top_k: int, top_p: float,
+                  generator: torch.Generator | None = None) -> Tensor:
+    """One token per row: logits (rows, V) -> (rows,). Temperature, then top-k, then top-p.
 
-    A token's column is its position, so sequences of different lengths need no left padding.
-    Columns beyond a slot's own position hold leftovers; the mask hides them.
+        probabilities 0.5, 0.3, 0.2, top_p 0.7  ->  tokens 0 and 1 stay, because the mass before
+        token 1 (0.5) is below 0.7; they are drawn 5 : 3
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    k = min(top_k or logits.shape[-1], logits.shape[-1])
+    values, tokens = logits.topk(k, sorted=True)                        # (rows, k), best first
+    # The maximum goes first, so that a very low temperature gives no infinity.
+    probabilities = ((values - values[:, :1]) / max(temperature, 1e-30)).softmax(-1)
+    if top_p < 1:
+        before = probabilities.cumsum(-1) - probabilities       # the mass of the better tokens
+        probabilities = probabilities.masked_fill(before >= top_p, 0)
+        probabilities[:, 0] = probabilities[:, 0].clamp(min=1e-30)  # top_p = 0 keeps the best one
+    return tokens.gather(-1, torch.multinomial(probabilities, 1, generator=generator))[:, 0]
+
+
+# ------------------------------------------------------------- log-probabilities of both responses
+
+class PairLogps(NamedTuple):
+    """What the losses need of a batch of pairs: (pairs,) each, in at least fp32."""
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    chosen_nll: Tensor
+
+
+class Shortcuts(NamedTuple):
+    """What fast_pair_logps may do for a model because the numbers are the same (find_shortcuts)."""
+    share_prefix: bool      # read x and A once per pair
+    split_head: bool        # compute logits of the scored tokens alone, from hidden states
+
+
+def pair_logps(model, pairs: Sequence[Pair], average: bool = False,
+               shortcuts: Shortcuts | None = None, skip_shared: bool = False,
+               nll_on: str = "response") -> PairLogps:
+    """Log-probabilities of both responses of each pair: (chosen_logps, rejected_logps, chosen_nll).
+
+    average: the mean over the response's tokens (for ORPO) instead of their sum (for DPO).
+    skip_shared: leave A out of both log-probabilities. A adds the same number to both sums, so
+    DPO's loss and gradient do not change, nor does the margin of its rewards. Not for ORPO: a mean
+    without A is another number.
+    nll_on: the tokens of chosen_nll, the mean negative log-likelihood: "response" (y+, or B C with
+    skip_shared) or "prompt" (x and y+).
+    shortcuts: what find_shortcuts(model) found; None is plain, and right for every causal LM.
+    Raises ValueError for an empty list, an empty prompt, values that are not token ids, a pair
+    whose responses differ before `start`, and a model that is wrapped or not causal.
+    """
+    refuse_model(model, "pair_logps", "a call past the wrapper leaves gradients unsynchronised; "
+                 "wrap PairScorer(model) instead and call that")
+    refuse_unless(nll_on in ("response", "prompt"),
+                  f"nll_on must be 'response' or 'prompt', not {nll_on!r}")
+    refuse_unless(len(pairs) > 0, "there are no pairs to score")
+    pairs = [checked_pair(pair) for pair in pairs]
+    if shortcuts is None or not any(shortcuts):
+        return plain_pair_logps(model, pairs, average, skip_shared, nll_on)
+    return fast_pair_logps(model, pairs, average, skip_shared, nll_on, shortcuts)
+
+
+def plain_pair_logps(model, pairs: Sequence[Pair], average: bool, skip_shared: bool,
+                     nll_on: str) -> PairLogps:
+    """The definition: run [x y+] and [x y-] through the model and add up log-probabilities."""
+    chosen = [[*pair.prompt, *pair.chosen] for pair in pairs]
+    rejected = [[*pair.prompt, *pair.rejected] for pair in pairs]
+    score_from = [len(pair.prompt) + (pair.start if skip_shared else 0) for pair in pairs]
+    nll_from = score_from if nll_on == "response" else [0] * len(pairs)
+    chosen_logits, rejected_logits = plain_logits(model, chosen), plain_logits(model, rejected)
+    device = chosen_logits.device
+    return PairLogps(
+        sequence_logps(chosen_logits, labels_from(chosen, score_from, device), average),
+        sequence_logps(rejected_logits, labels_from(rejected, score_from, device), average),
+        # always a mean: with average and "response" the first number again, negative
+        -sequence_logps(chosen_logits, labels_from(chosen, nll_from, device), average=True))
+
+
+def plain_logits(model, sequences: list[list[int]]) -> Tensor:
+    """The model's logits for sequences, padded on the right: (sequences, T, V)."""
+    device = next(model.parameters()).device
+    mask = pad([[1] * len(sequence) for sequence in sequences])         # 0 on padding
+    return model(input_ids=torch.tensor(pad(sequences), device=device),
+                 attention_mask=torch.tensor(mask, device=device), use_cache=False).logits
+
+
+def labels_from(sequences: list[list[int]], first: list[int], device: torch.device) -> Tensor:
+    """Labels of the tokens from column first[i] of each sequence on: (sequences, T).
+
+    -100 stands for the tokens before, and for the padding: sequence_logps ignores it.
+    """
+    labels = [[-100] * start + sequence[start:]
+              for sequence, start in zip(sequences, first, strict=True)]
+    return torch.tensor(pad(labels, -100), device=device)
+
+
+class PairScorer(nn.Module):
+    """pair_logps as the forward of a module, for DDP or FSDP to wrap.
+
+    They synchronise gradients only for calls of the module that they wrap.
     """
 
-    def __init__(self, slots: int, capacity: int):
-        self.slots, self.capacity = slots, capacity     # capacity: columns, most tokens per slot
-        self.keys: dict[int, Tensor] = {}               # layer -> (slots, heads, capacity, size)
+    def __init__(self, model: nn.Module, shortcuts: Shortcuts | None = None):
+        super().__init__()
+        self.model, self.shortcuts = model, shortcuts
+
+    def forward(self, pairs: Sequence[Pair], **kwargs) -> PairLogps:
+        """kwargs: average, skip_shared and nll_on of pair_logps."""
+        return pair_logps(self.model, pairs, shortcuts=self.shortcuts, **kwargs)
+
+
+# =================================================================================================
+# The first reading ends here. What follows gives the same numbers with less work, and finds out for
+# which models it may.
+# =================================================================================================
+
+# ---------------------------------------------------------------------- generation with a KV cache
+
+class KVCache:
+    """Keys and values of every layer, allocated once and written in place.
+
+    A slot is a row of the cache, one per sequence. A token's column is its position, so sequences
+    of different lengths need no left padding. Columns beyond a slot's own position hold leftovers;
+    the mask hides them.
+    """
+
+    def __init__(self, slots: int, columns: int):
+        self.slots, self.columns = slots, columns
+        self.keys: dict[int, Tensor] = {}       # of each layer: (slots, heads, columns, size)
         self.values: dict[int, Tensor] = {}
-
-    def write_prefixes(self, slots: Sequence[int]) -> "CacheWriter":
-        """For a forward pass over whole prefixes, which attend to themselves alone."""
-        def write(layers: dict[int, Tensor], layer: int, new: Tensor) -> Tensor:
-            if layer not in layers:     # zeros: NaN in a masked column would get past (0 * NaN)
-                layers[layer] = new.new_zeros(
-                    self.slots, new.shape[1], self.capacity, new.shape[3])
-            layers[layer][slots, :, :new.shape[2]] = new
-            return new
-        return CacheWriter(self, write)
-
-    def write_token(self, position: Tensor, length: int) -> "CacheWriter":
-        """For a forward pass over one token per slot, at `position` (slots,), with `length` columns
-        to attend to."""
-        def write(layers: dict[int, Tensor], layer: int, new: Tensor) -> Tensor:
-            stored = layers[layer]
-            slots = torch.arange(stored.shape[0], device=stored.device)
-            # stored[slot, :, position[slot]] = new[slot, :, 0] for every slot
-            stored.transpose(1, 2).index_put_((slots, position), new[:, :, 0])
-            return stored[:, :, :length]
-        return CacheWriter(self, write)
 
     def select_slots(self, slots: Sequence[int]) -> None:
         """Keep these slots, in this order. A slot that is named twice is there twice."""
-        for layers in (self.keys, self.values):
-            for layer, stored in layers.items():
-                layers[layer] = stored[torch.tensor(slots, device=stored.device)]
+        for stored in (self.keys, self.values):
+            for layer, tensor in stored.items():
+                stored[layer] = tensor[torch.tensor(slots, device=tensor.device)]
         self.slots = len(slots)
 
 
 class CacheWriter:
-    """What a transformers model takes for its cache during one forward pass."""
+    """What a transformers model takes for its cache during one forward pass.
+
+    Each layer calls `update` with new keys and values and attends to what `update` returns.
+    """
     is_compileable, is_initialized = False, True        # some models of transformers 5.0 ask
 
-    def __init__(self, cache: KVCache, write: Callable):
-        self.cache, self.write = cache, write
+    def __init__(self, cache: KVCache):
+        self.cache = cache
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args, **kwargs):
-        """Write (slots, heads, new tokens, size); return the keys and values to attend to."""
+        """(slots, heads, new tokens, size) each."""
         return (self.write(self.cache.keys, layer_idx, keys),
                 self.write(self.cache.values, layer_idx, values))
 
@@ -271,16 +374,49 @@ class CacheWriter:
         return 0
 
 
+class PrefixWriter(CacheWriter):
+    """For a forward pass over whole prefixes, which attend to themselves alone."""
+
+    def __init__(self, cache: KVCache, slots: Sequence[int]):
+        super().__init__(cache)
+        self.slots = slots
+
+    def write(self, stored: dict[int, Tensor], layer: int, new: Tensor) -> Tensor:
+        """Write into the first columns of the slots; return what was written."""
+        if layer not in stored:         # zeros: NaN in a masked column would get past (0 * NaN)
+            stored[layer] = new.new_zeros(
+                self.cache.slots, new.shape[1], self.cache.columns, new.shape[3])
+        stored[layer][self.slots, :, :new.shape[2]] = new
+        return new
+
+
+class TokenWriter(CacheWriter):
+    """For a forward pass over one token per slot, at `position` (slots,)."""
+
+    def __init__(self, cache: KVCache, position: Tensor, length: int):
+        super().__init__(cache)
+        self.position, self.length = position, length
+
+    def write(self, stored: dict[int, Tensor], layer: int, new: Tensor) -> Tensor:
+        """Write each slot's token; return the first `length` columns of all slots."""
+        tensor = stored[layer]
+        slots = torch.arange(tensor.shape[0], device=tensor.device)
+        # tensor[slot, :, position[slot]] = new[slot, :, 0] for every slot
+        tensor.transpose(1, 2).index_put_((slots, self.position), new[:, :, 0])
+        return tensor[:, :, :self.length]
+
+
 def prefill(model, prefixes: list[list[int]], max_new_tokens: int) -> KVCache:
     """Read each prefix but its last token, which the first decode step reads, into a new cache."""
     device = next(model.parameters()).device
-    cache = KVCache(len(prefixes), max(map(len, prefixes)) + max_new_tokens)
+    # The last new token is never read, so it needs no column.
+    cache = KVCache(len(prefixes), max(map(len, prefixes)) + max_new_tokens - 1)
     # Prefixes of like lengths go together, for less padding. Padding is on the right and a causal
     # model looks back only, so padding changes nothing.
     by_length = sorted(range(len(prefixes)), key=lambda i: len(prefixes[i]))
     # Prefilling needs no logits at all; one is the fewest that can be asked for.
     only_last = {"logits_to_keep": 1} if forward_takes(model, "logits_to_keep") else {}
-    group_size = max(4, -(-len(prefixes) // 4))         # at most four groups, of four or more
+    group_size = max(4, -(-len(prefixes) // 4))         # at most four groups
     for first in range(0, len(prefixes), group_size):
         slots = by_length[first:first + group_size]
         # For a prefix of one token, a stand-in is read; the first decode step overwrites it.
@@ -289,7 +425,7 @@ def prefill(model, prefixes: list[list[int]], max_new_tokens: int) -> KVCache:
         causal = position[:, :, None] >= position[:, None]
         model(input_ids=ids, position_ids=position.expand(len(ids), -1), use_cache=True,
               attention_mask=mask_argument(attention_masks(model, causal, position, position)),
-              **{cache_argument(model): cache.write_prefixes(slots)}, **only_last)
+              **{cache_argument(model): PrefixWriter(cache, slots)}, **only_last)
     return cache
 
 
@@ -299,7 +435,7 @@ def decode(model, decode_step: Callable, cache: KVCache, prefixes: list[list[int
     """Write up to limits[i] tokens after prefixes[i], which slot i of the cache holds.
 
     choose: logits (slots, V) -> tokens (slots,). Returns a list of tokens per prefix. A round reads
-    one token per slot and gives the next one; the last token of a response is never read.
+    one token per slot and gives the next one.
 
         prefixes of 5 and 3 tokens  ->  round 1 reads positions 4 and 2, with 5 columns in use;
                                         round 2 reads positions 5 and 3, with 6 columns in use
@@ -307,13 +443,14 @@ def decode(model, decode_step: Callable, cache: KVCache, prefixes: list[list[int
     device = next(model.parameters()).device
     token = torch.tensor([prefix[-1] for prefix in prefixes], device=device)            # (slots,)
     position = torch.tensor([len(prefix) - 1 for prefix in prefixes], device=device)
-    # A finished slot keeps computing, but at its last position: the cache has no more columns.
+    # A finished slot keeps computing, but at its last position: the model may have no more.
     last_position = position + torch.tensor(limits, device=device).clamp(min=1) - 1
     forbid = torch.tensor(forbid_eos, device=device)
-    columns = torch.arange(cache.capacity, device=device)[None]
+    columns = torch.arange(cache.columns, device=device)[None]
     outputs: list[list[int]] = [[] for _ in prefixes]
-    output_index, remaining = list(range(len(prefixes))), list(limits)      # of each slot
-    for length in range(max(map(len, prefixes)), cache.capacity):           # columns in use
+    # Finished slots are dropped: output_index[slot] is the prefix that a slot still belongs to.
+    output_index, remaining = list(range(len(prefixes))), list(limits)
+    for length in range(max(map(len, prefixes)), cache.columns + 1):        # columns in use
         seen = columns[:, :length]
         allowed = (seen <= position[:, None])[:, None]
         masks = attention_masks(model, allowed, position[:, None], seen)
@@ -351,107 +488,14 @@ def plain_decode_step(model) -> Callable:
 
     def decode_step(token: Tensor, position: Tensor, masks: dict[str, Tensor],
                     cache: KVCache) -> Tensor:
-        writer = cache.write_token(position, length=next(iter(masks.values())).shape[-1])
+        length = next(iter(masks.values())).shape[-1]
         return model(input_ids=token[:, None], position_ids=position[:, None], use_cache=True,
-                     attention_mask=mask_argument(masks), **{name: writer}).logits[:, -1]
+                     attention_mask=mask_argument(masks),
+                     **{name: TokenWriter(cache, position, length)}).logits[:, -1]
     return decode_step
 
 
-def sample_tokens(logits: Tensor, temperature: float, top_k: int, top_p: float,
-                  generator: torch.Generator | None = None) -> Tensor:
-    """One token per slot: logits (slots, V) -> (slots,). Temperature, then top-k, then top-p.
-
-        probabilities 0.5, 0.3, 0.2, top_p 0.7  ->  tokens 0 and 1 stay, because the mass before
-        token 1 (0.5) is below 0.7; they are drawn 5 : 3
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    k = min(top_k or logits.shape[-1], logits.shape[-1])
-    values, tokens = logits.topk(k, sorted=True)                        # (slots, k), best first
-    # The maximum goes first, so that a very low temperature gives no infinity.
-    probabilities = ((values - values[:, :1]) / max(temperature, 1e-30)).softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities       # the mass of the better tokens
-    probabilities = probabilities.masked_fill(before >= top_p, 0)
-    probabilities[:, 0] = probabilities[:, 0].clamp(min=1e-30)      # top_p = 0 keeps the best one
-    return tokens.gather(-1, torch.multinomial(probabilities, 1, generator=generator))[:, 0]
-
-
-# ----------------------------------------------------------------------------------------- scoring
-
-class PairLogps(NamedTuple):
-    """What the losses need of a batch of pairs: (pairs,) each, in at least fp32."""
-    chosen_logps: Tensor
-    rejected_logps: Tensor
-    chosen_nll: Tensor
-
-
-class Shortcuts(NamedTuple):
-    """What pair_logps may do for a model because the numbers are the same (find_shortcuts)."""
-    share_prefix: bool      # read x and A once per pair
-    split_head: bool        # compute logits of the scored tokens alone, from hidden states
-
-
-def pair_logps(model, pairs: Sequence[Pair], average: bool = False,
-               shortcuts: Shortcuts | None = None, skip_shared: bool = False,
-               nll_on: str = "response") -> PairLogps:
-    """Log-probabilities of both responses of each pair: (chosen_logps, rejected_logps, chosen_nll).
-
-    For DPO: sums, with skip_shared=True. For ORPO: average=True.
-
-    average: the mean over the response's tokens (ORPO) instead of their sum (DPO).
-    shortcuts: what find_shortcuts(model) found; None is plain, and right for every causal LM.
-    skip_shared: leave A out of both log-probabilities. A adds the same number to both sums, so
-    DPO's loss and gradient do not change, nor does the margin of its rewards.
-    nll_on: the tokens of chosen_nll, the mean negative log-likelihood: "response" (y+, or B C with
-    skip_shared) or "prompt" (x and y+).
-    Raises ValueError for an empty list, an empty prompt, values that are not token ids, a pair
-    whose responses differ before `start`, and a model that is wrapped or not causal.
-    """
-    refuse_model(model, "pair_logps", "called inside the wrapper, gradients are not synchronised; "
-                 "wrap PairScorer(model) instead and call that")
-    if nll_on not in ("response", "prompt"):
-        raise ValueError(f"nll_on must be 'response' or 'prompt', not {nll_on!r}")
-    pairs = [checked_pair(pair) for pair in pairs]
-    if not pairs:
-        raise ValueError("there are no pairs to score")
-    if shortcuts is None or not any(shortcuts):
-        return plain_pair_logps(model, pairs, average, skip_shared, nll_on)
-    return fast_pair_logps(model, pairs, average, skip_shared, nll_on, shortcuts)
-
-
-def plain_pair_logps(model, pairs: Sequence[Pair], average: bool, skip_shared: bool,
-                     nll_on: str) -> PairLogps:
-    """The definition: run [x y+] and [x y-] through the model and add up log-probabilities."""
-    chosen = [[*pair.prompt, *pair.chosen] for pair in pairs]
-    rejected = [[*pair.prompt, *pair.rejected] for pair in pairs]
-    first = [len(pair.prompt) + (pair.start if skip_shared else 0) for pair in pairs]
-    first_of_nll = first if nll_on == "response" else [0] * len(pairs)
-    chosen_logits, rejected_logits = plain_logits(model, chosen), plain_logits(model, rejected)
-    device = chosen_logits.device
-    return PairLogps(
-        sequence_logps(chosen_logits, labels_from(chosen, first, device), average),
-        sequence_logps(rejected_logits, labels_from(rejected, first, device), average),
-        -sequence_logps(chosen_logits, labels_from(chosen, first_of_nll, device), average=True))
-
-
-def plain_logits(model, sequences: list[list[int]]) -> Tensor:
-    """The model's logits for sequences, padded on the right: (sequences, T, V)."""
-    device = next(model.parameters()).device
-    # The mask goes by length, because the pad token may equal the end token.
-    mask = pad([[1] * len(sequence) for sequence in sequences])
-    return model(input_ids=torch.tensor(pad(sequences), device=device),
-                 attention_mask=torch.tensor(mask, device=device), use_cache=False).logits
-
-
-def labels_from(sequences: list[list[int]], first: list[int], device: torch.device) -> Tensor:
-    """Labels of the tokens from column first[i] of each sequence on: (sequences, T).
-
-    -100 stands for the tokens before, and for the padding: sequence_logps ignores it.
-    """
-    labels = [[-100] * start + sequence[start:]
-              for sequence, start in zip(sequences, first, strict=True)]
-    return torch.tensor(pad(labels, -100), device=device)
-
+# ------------------------------------------------- scoring with a shared prefix and fewer logits
 
 # The same numbers with less work: one sequence per pair, in which two branches share x and A.
 #
@@ -459,18 +503,21 @@ def labels_from(sequences: list[list[int]], first: list[int], device: torch.devi
 #     position    0 1 2 3 4   5 6 7   5  6  7        each branch goes on from A
 #     attends to  x and A; a token of a branch also to its own branch, never to the other
 #
-# A scored token of a pair belongs to one of four parts. Of the tokens that are read, x and A are
-# SHARED by the branches.
+# A scored token of a pair belongs to one of four parts. A token that is read belongs to a branch,
+# CHOSEN or REJECTED, or is SHARED by both.
 PROMPT, SEGMENT_A, CHOSEN, REJECTED = range(4)      # x, A, B C, B' C
-SHARED = PROMPT
+SHARED = 4
 
 
 def fast_pair_logps(model, pairs: Sequence[Pair], average: bool, skip_shared: bool, nll_on: str,
                     shortcuts: Shortcuts) -> PairLogps:
     """pair_logps with shortcuts: x and A are read once per pair, only scored tokens get logits."""
-    shared = () if skip_shared else (SEGMENT_A,)        # counts for both responses
-    nll_parts = (PROMPT, SEGMENT_A, CHOSEN) if nll_on == "prompt" else (*shared, CHOSEN)
-    wanted = {*shared, *nll_parts, CHOSEN, REJECTED}
+    # Which parts count for which result.
+    response_a = () if skip_shared else (SEGMENT_A,)
+    chosen_parts, rejected_parts = (*response_a, CHOSEN), (*response_a, REJECTED)
+    nll_parts = (PROMPT, SEGMENT_A, CHOSEN) if nll_on == "prompt" else chosen_parts
+    wanted = {*chosen_parts, *rejected_parts, *nll_parts}
+    # One sequence with both branches per pair, or a sequence per branch.
     rows = [(CHOSEN, REJECTED)] if shortcuts.share_prefix else [(CHOSEN,), (REJECTED,)]
     sequences, scored = [], []      # scored: (row, column, label, pair, part)
     for i, pair in enumerate(pairs):
@@ -487,7 +534,8 @@ def fast_pair_logps(model, pairs: Sequence[Pair], average: bool, skip_shared: bo
     mask = None                         # padding is on the right: a causal model never sees it
     if shortcuts.share_prefix:          # a branch attends to x, A and itself
         branch = torch.tensor(pad(branch_of, -1), device=device)
-        allowed = (branch[:, None] == SHARED) | (branch[:, None] == branch[:, :, None])
+        of_query, of_key = branch[:, :, None], branch[:, None]                      # (rows, T, T)
+        allowed = (of_key == SHARED) | (of_key == of_query)
         allowed &= position[:, None] <= position[:, :, None]                        # causal
         mask = mask_argument(attention_masks(model, allowed, position, position))
     inputs = dict(input_ids=ids, position_ids=position, attention_mask=mask, use_cache=False)
@@ -508,7 +556,7 @@ def fast_pair_logps(model, pairs: Sequence[Pair], average: bool, skip_shared: bo
         return total(logps, parts) / total(torch.ones_like(logps), parts).clamp(min=1)
 
     add_up = mean if average else total
-    return PairLogps(add_up(logps, (*shared, CHOSEN)), add_up(logps, (*shared, REJECTED)),
+    return PairLogps(add_up(logps, chosen_parts), add_up(logps, rejected_parts),
                      -mean(logps, nll_parts))
 
 
@@ -531,9 +579,10 @@ def shared_layout(pair: Pair, branches: Sequence[int] = (CHOSEN, REJECTED)):
     labels = [(t - 1, prefix[t], PROMPT if t < x else SEGMENT_A) for t in range(1, p)]
     for part in branches:
         branch = (pair.chosen if part == CHOSEN else pair.rejected)[pair.start:]
+        if not branch:
+            continue
         columns = [p - 1, *range(len(tokens), len(tokens) + len(branch) - 1)]
-        labels += [(column, label, part)                         # an empty branch has no labels
-                   for column, label in zip(columns, branch, strict=False)]
+        labels += [(column, label, part) for column, label in zip(columns, branch, strict=True)]
         tokens += branch[:-1]
         positions += range(p, p + len(branch) - 1)
         branch_of += [part] * (len(branch) - 1)
@@ -559,22 +608,16 @@ def head_logps(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
                       for h, y in zip(hidden.split(size), labels.split(size), strict=True)])
 
 
-class PairScorer(nn.Module):
-    """pair_logps as the forward of a module, for DDP or FSDP to wrap.
-
-    They synchronise gradients only for calls of the module that they wrap.
-    """
-
-    def __init__(self, model: nn.Module, shortcuts: Shortcuts | None = None):
-        super().__init__()
-        self.model, self.shortcuts = model, shortcuts
-
-    def forward(self, pairs: Sequence[Pair], **kwargs) -> PairLogps:
-        """kwargs: average, skip_shared and nll_on of pair_logps."""
-        return pair_logps(self.model, pairs, shortcuts=self.shortcuts, **kwargs)
-
-
-# -------------------------------------------------------------- talking to models of transformers
+# ------------------------------------------------------------------------------- talking to models
+#
+# What `model` must offer, as every causal LM of transformers does:
+# - model(input_ids=, attention_mask=, use_cache=False).logits (rows, T, V), parameters() and
+#   modules();
+# - to generate: position_ids= (rows, T), a 4-D attention_mask= that is added to the attention
+#   scores, and cache= (or past_key_values=), on which layers call update(keys, values, layer_idx);
+# - for shortcuts: base_model(...).last_hidden_state (rows, T, D), get_output_embeddings() and, to
+#   find them, base_model_prefix;
+# - where layers have a window: config.sliding_window and config.layer_types.
 
 def attention_masks(model, allowed: Tensor, query_position: Tensor,
                     key_position: Tensor) -> dict[str, Tensor]:
@@ -675,17 +718,28 @@ def as_ids(ids: Sequence[int], name: str) -> list[int]:
         raise ValueError(f"{name} must hold token ids, not {str(ids)[:40]!r}") from None
 
 
+def checked_example(example: Sequence) -> Example:
+    """(prompt, chosen[, example_id]) as an Example, with Python integers for ids."""
+    prompt, chosen, example_id = Example(*example)
+    return Example(as_ids(prompt, "prompt"), as_ids(chosen, "chosen"), example_id)
+
+
 def checked_pair(pair: Pair) -> Pair:
     """The pair with Python integers for ids. Raises ValueError where it can't be scored."""
     prompt, chosen, rejected = (as_ids(getattr(pair, name), f"{name} of a pair")
                                 for name in ("prompt", "chosen", "rejected"))
-    if not prompt:
-        raise ValueError("the prompt of a pair is empty: nothing predicts the first token")
-    if not 0 <= pair.start <= min(len(chosen), len(rejected)):
-        raise ValueError(f"start {pair.start} of a pair lies outside its responses")
-    if chosen[:pair.start] != rejected[:pair.start]:
-        raise ValueError(f"chosen and rejected of a pair differ before start {pair.start}")
+    refuse_unless(bool(prompt), "the prompt of a pair is empty: nothing predicts the first token")
+    refuse_unless(0 <= pair.start <= min(len(chosen), len(rejected)),
+                  f"start {pair.start} of a pair lies outside its responses")
+    refuse_unless(chosen[:pair.start] == rejected[:pair.start],
+                  f"chosen and rejected of a pair differ before start {pair.start}")
     return pair._replace(prompt=prompt, chosen=chosen, rejected=rejected)
+
+
+def refuse_unless(fine: bool, message: str) -> None:
+    """Raise ValueError with this message unless all is fine."""
+    if not fine:
+        raise ValueError(message)
 
 
 def refuse_model(model, function: str, advice: str) -> None:

@@ -23,9 +23,9 @@ This file is Algorithm 1 of the paper, and the comments carry its line numbers:
 (5 and 13 are headings, 12 and 18 end loops.) This code departs from the paper in three places.
 [1] The paper writes "A and B": B would give the model the text that it has to replace. [2] Where B'
 holds an end token, the response ends there and C is dropped. [3] The EMA model changes every
---ema_every steps only, as Section 5.1 says; the pairs of all steps until its next change are made
-in one batch. For choices that the paper leaves open see the README's table "Paper, authors' code,
-this code".
+--ema_every steps only, as Section 5.1 says. It is constant until then, so the pairs of these steps
+are made in one batch. For choices that the paper leaves open see the README's table "Paper,
+authors' code, this code".
 
 The baselines (ORPO, DPO, SFT, SPIN, on-policy) are settings of the same loop. support/ has what is
 not the method: loading, checkpoints, reports, several processes.
@@ -67,42 +67,102 @@ from support.settings import Settings
 from support.signals import Stop
 
 
-def rewrite(s: Settings, generating: GeneratingModels, eos_ids: list[int], model, examples: list,
-            rngs: list[np.random.Generator], num_rejected: int,
-            generator: torch.Generator) -> list[list[Pair]]:
-    """Algorithm 1 lines 7 to 10: `model` rewrites a segment of each chosen response.
+def train_policy(s: Settings, world: World, run: Run) -> None:
+    """Set up, Algorithm 1, save."""
+    loaded = load(s, world)
+    model, examples, eos_ids, steps = loaded.model, loaded.examples, loaded.eos_ids, loaded.steps
 
-    rngs: one per example, to draw where its segment lies. generator: draws the tokens. Returns
-    num_rejected pairs per example.
-    """
-    # full_model: all weights, also where `model` is sharded. decode_step: a faster one, or None.
-    with generating(model) as (full_model, decode_step):
-        def rewrite_batch(batch: list[int]) -> list[list[Pair]]:
-            few = [examples[i] for i in batch]
-            pairs = make_pairs(
-                full_model, [Example(e.prompt, e.chosen, e.example_id) for e in few],
-                s.segment_len, [rngs[i] for i in batch], eos_token_id=eos_ids,
-                num_rejected=num_rejected, max_new_tokens=new_tokens(s, few),
-                segment_eos=s.segment_eos, tail=s.tail, temperature=s.temperature, top_k=s.top_k,
-                top_p=s.top_p, generator=generator, decode_step=decode_step)
-            generating.tokens_written += sum(pair.rejected_stop - pair.start for pair in pairs)
-            return batches(pairs, num_rejected)                 # a list per example
-        lengths = [len(e.prompt) + len(e.chosen) for e in examples]
-        return in_batches_by_length(lengths, s.generate_batch // num_rejected, rewrite_batch)
+    # On one device, prepare and wrap change nothing, frozen_copy is a deepcopy and scorer is
+    # PairScorer. With several processes they shard the models or wrap them in DDP.
+    policy = world.prepare(model)                                                   # line 1
+    buffer = (ReplayBuffer(s.buffer_size // world.size, seed=[DRAW, s.seed, world.rank])
+              if s.buffer_size else None)                                           # line 2
+    ema = (EMA(policy, s.ema_decay, s.ema_every, copy=world.frozen_copy(model))
+           if s.needs_ema else None)                                                # line 3
+    optimizer = make_optimizer(s, policy)
+
+    # frozen: the model behind DPO's reference. It starts as the policy or as --ref_model; the end
+    # of a step, or a round of SPIN, may set it anew.
+    spin = s.generates and s.rejected == "spin"
+    frozen = None
+    if s.ref or spin:       # a --ref_model is used by nothing else, so it needs no copy
+        frozen = world.frozen_copy(loaded.reference, in_place=bool(s.ref_model))
+    if s.grad_checkpoint:
+        checkpoint_layers(policy)
+    # scorer, reference_scorer: pairs -> their log-probabilities (sapo.PairScorer)
+    scorer = world.wrap(world.scorer(policy, loaded.shortcuts, s.compile))
+    reference_scorer = None
+    if s.loss == "dpo":
+        reference_scorer = world.scorer(frozen, loaded.reference_shortcuts)
+
+    # new_pairs_of: a range of steps -> {step: this process's new pairs}. For SAPO it is
+    # sample_pairs, which calls rewrite, which calls make_pairs.
+    generating = GeneratingModels(model, world)
+    rewrite_with = functools.partial(rewrite, s, generating, eos_ids)
+    if spin:
+        new_pairs_of = SpinSource(s, world, examples, policy, frozen, optimizer, rewrite_with)
+    elif s.generates:
+        writer = ema.model if s.rejected == "ema" else policy
+        new_pairs_of = functools.partial(sample_pairs, s, world, rewrite_with, writer, examples)
+    else:
+        new_pairs_of = ColumnSource(s, world, examples)
+    pending = PendingPairs()                    # {step: pairs} that were made and not yet used
+
+    evaluate = Evaluation(s, world, loaded.tokenizer, eos_ids, loaded.eval_examples, policy,
+                          generating, loaded.shortcuts, rewrite_with)
+    # Restores the newest checkpoint where there is one (run.step, weights, buffer and all else),
+    # and evaluates the start.
+    run.open(steps, evaluate, model, loaded.tokenizer, eos_ids, examples, loaded.eval_examples,
+             {"policy": policy, "optimizer": optimizer, "ema": ema, "frozen": frozen},
+             {"buffer": buffer, "pending": pending})
+
+    # ----------------------------------------------------------------------------- Algorithm 1
+    for step in range(run.step + 1, steps + 1):                                     # line 4
+        # Sampling stage. The EMA model is constant until its next refresh, so the pairs of all
+        # steps until then are made at once: the same pairs, in larger batches.
+        if step not in pending:
+            pending |= new_pairs_of(steps_to_sample(s, world, ema, step, steps))    # lines 6 to 10
+        new_pairs = pending.pop(step)
+        batch = kept_pairs = [pair for pair in new_pairs
+                              if not (s.skip_identical and pair.chosen == pair.rejected)]
+        if buffer is not None:              # None: train on the new pairs
+            for pair in kept_pairs:
+                buffer.add(pair)                                                    # line 11
+            batch = buffer.sample(min(s.batch_size // world.size, len(buffer)))     # line 14
+        run.lap("generate")
+
+        # Training stage
+        lr, beta = schedule(s, step, steps)
+        metrics, nonfinite_rows = backward(                                         # line 15
+            s, world, scorer, reference_scorer, batch, beta)
+        run.lap("score")
+        # Clips the gradient, steps, and clears it. False: a loss or the gradient was not finite.
+        took_step = optimizer_step(s, world, policy, optimizer, lr, metrics)        # line 16
+        if took_step and ema is not None:
+            ema.update(policy)                                                      # line 17
+        if s.ref in ("policy", "ema") and step % s.ref_every == 0:      # DPO's reference
+            frozen.load_state_dict((ema.model if s.ref == "ema" else policy).state_dict())
+        run.lap("update")
+        run.after_step(step, metrics, took_step, nonfinite_rows, new_pairs, batch)
+    run.close(policy)
 
 
-def sample_pairs(s: Settings, world: World, rewrite_with, model, examples, steps: range) -> dict:
+# --------------------------------------------------------------------- lines 6 to 10: new pairs
+
+def sample_pairs(s: Settings, world: World, rewrite_with, writer, examples, steps: range) -> dict:
     """Algorithm 1 lines 6 to 10 for several steps at once: {step: its pairs}.
 
-    model: the EMA model, or with --rejected policy the policy. rewrite_with: `rewrite` with its
-    first three arguments.
+    writer: the EMA model, or with --rejected policy the policy. rewrite_with: `rewrite` with its
+    first three arguments. A mini-batch is this process's share of the next --batch_size rows; the
+    rows are shuffled anew in every epoch.
     """
     work = [(step, example) for step in steps
             for example in minibatch(s, examples, step, world)]                     # line 6
-    # A segment's place depends on its step and row, not on the number of processes.
+    # A segment's place depends on its step and row, not on the number of processes. REWRITE keeps
+    # this use of the seed apart from others.
     rngs = [np.random.default_rng([REWRITE, s.seed, step, example.example_id])
             for step, example in work]
-    rewrites = rewrite_with(model, [example for _, example in work], rngs, s.num_rejected,
+    rewrites = rewrite_with(writer, [example for _, example in work], rngs, s.num_rejected,
                             torch_generator(world, [REWRITE, s.seed, steps.start])) # lines 7 to 10
     pairs = {step: [] for step in steps}
     for (step, _), new_pairs in zip(work, rewrites, strict=True):
@@ -110,9 +170,54 @@ def sample_pairs(s: Settings, world: World, rewrite_with, model, examples, steps
     return pairs
 
 
+def rewrite(s: Settings, generating: GeneratingModels, eos_ids: list[int], model, examples: list,
+            rngs: list[np.random.Generator], num_rejected: int,
+            generator: torch.Generator) -> list[list[Pair]]:
+    """Algorithm 1 lines 7 to 10: `model` rewrites a segment of each chosen response.
+
+    rngs: one per example, to draw where its segment lies. generator: draws the tokens. Returns
+    num_rejected pairs per example, in the order of the examples.
+    """
+    def rewrite_batch(batch: list[int]) -> list[list[Pair]]:
+        few = [examples[i] for i in batch]
+        pairs = make_pairs(
+            full_model, [Example(e.prompt, e.chosen, e.example_id) for e in few],
+            s.segment_len, [rngs[i] for i in batch], eos_token_id=eos_ids,
+            num_rejected=num_rejected, tail=s.tail, segment_eos=s.segment_eos,
+            max_new_tokens=new_tokens(s, few), temperature=s.temperature, top_k=s.top_k,
+            top_p=s.top_p, generator=generator, decode_step=decode_step)
+        generating.tokens_written += sum(pair.rejected_stop - pair.start for pair in pairs)
+        return batches(pairs, num_rejected)                 # a list of pairs per example
+
+    lengths = [len(e.prompt) + len(e.chosen) for e in examples]
+    # full_model: all weights, also where `model` is sharded. decode_step: a faster one, or None.
+    with generating(model) as (full_model, decode_step):
+        return in_batches_by_length(lengths, s.generate_batch // num_rejected, rewrite_batch)
+
+
+# ------------------------------------------------------------------------------ line 15: the loss
+
+def backward(s: Settings, world: World, scorer, reference_scorer, pairs: list[Pair],
+             beta: float) -> tuple[dict[str, float], list[int]]:
+    """Gradients of the mean loss over all processes' pairs, a micro-batch at a time.
+
+    Returns the means of what is logged, and the rows whose loss is not finite.
+    """
+    metrics = LossMetrics(s)
+    # weight: processes / pairs of all processes, because DDP divides gradients by the processes.
+    # It is 0 where this process has no pairs left and only calls the model as often as the others.
+    for micro_batch, weight in world.micro_batches(scorer, pairs, s.micro_batch):
+        with world.precision():
+            losses, policy, rewards = compute_loss(s, scorer, reference_scorer, micro_batch, beta)
+        (weight * losses.sum()).backward()
+        if weight:
+            metrics.add(micro_batch, losses, policy, rewards)
+    return world.means(metrics.sums), metrics.nonfinite_rows
+
+
 def compute_loss(s: Settings, scorer, reference_scorer, pairs: list[Pair], beta: float):
-    """Algorithm 1 line 15: losses (B,), the policy's PairLogps, and the rewards of y+ and y-."""
-    # DPO: sums, without A. ORPO and SFT: means per token.
+    """Line 15: losses (pairs,), the policy's PairLogps, and the rewards of y+ and y-."""
+    # DPO: sums, without A. ORPO: means per token. SFT: means; y- is y+, and scored only once.
     how = {"average": s.loss != "dpo", "skip_shared": s.loss == "dpo", "nll_on": s.nll_on}
     policy = scorer(pairs, **how)
     if s.loss == "sft":
@@ -129,24 +234,7 @@ def compute_loss(s: Settings, scorer, reference_scorer, pairs: list[Pair], beta:
     return losses, policy, rewards
 
 
-def backward(s: Settings, world: World, scorer, reference_scorer, pairs: list[Pair],
-             beta: float) -> tuple[dict[str, float], list[int]]:
-    """Gradients of the mean loss over all processes' pairs, a micro-batch at a time.
-
-    Returns the means of what is logged, and the rows whose loss is not finite. optimizer_step does
-    not take a step with such a loss.
-    """
-    metrics = LossMetrics(s)
-    for micro_batch, weight in world.micro_batches(scorer, pairs, s.micro_batch):
-        with world.precision():
-            losses, policy, rewards = compute_loss(s, scorer, reference_scorer, micro_batch, beta)
-        # The weights make the gradient, which DDP averages, that of the mean over all pairs. Weight
-        # 0: this process has no pairs left, but all must call the model equally often.
-        (weight * losses.sum()).backward()
-        if weight:
-            metrics.add(micro_batch, losses, policy, rewards)
-    return world.means(metrics.sums), metrics.nonfinite_rows
-
+# -------------------------------------------------------------------------------------------- run
 
 def train(s: Settings, stop: Stop | None = None) -> None:
     """One run. stop: tells when a signal asked for an end."""
@@ -157,83 +245,6 @@ def train(s: Settings, stop: Stop | None = None) -> None:
     with Run(s, world, stop or Stop()) as run:
         if not run.finished:
             train_policy(s, world, run)
-
-
-def train_policy(s: Settings, world: World, run: Run) -> None:
-    """Set up, Algorithm 1, save."""
-    loaded = load(s, world)
-    model, examples, eos_ids, steps = loaded.model, loaded.examples, loaded.eos_ids, loaded.steps
-
-    # On one device, prepare and wrap change nothing, frozen_copy is a deepcopy and scorer is
-    # PairScorer. With several processes they shard the models or wrap them in DDP.
-    policy = world.prepare(model)                                                   # line 1
-    buffer = (ReplayBuffer(s.buffer_size // world.size, seed=[DRAW, s.seed, world.rank])
-              if s.buffer_size else None)                                           # line 2
-    ema = (EMA(policy, s.ema_decay, s.ema_every, copy=world.frozen_copy(model))
-           if s.needs_ema else None)                                                # line 3
-    optimizer = make_optimizer(s, policy)
-
-    # What scores pairs. --ref: DPO's reference is "fixed", or the "policy" or the "ema" model of
-    # some steps ago (--ref_every); None for other losses. In SPIN the policy of the round's start
-    # is the reference, and writes y-.
-    spin = s.generates and s.rejected == "spin"
-    frozen = (world.frozen_copy(loaded.reference, in_place=bool(s.ref_model))
-              if s.ref or spin else None)
-    reference_scorer = (world.scorer(frozen, loaded.reference_shortcuts)
-                        if s.loss == "dpo" else None)
-    if s.grad_checkpoint:
-        checkpoint_layers(policy)
-    scorer = world.wrap(world.scorer(policy, loaded.shortcuts, s.compile))
-
-    # What makes pairs. new_pairs_of: a range of steps -> {step: this process's pairs}
-    generating = GeneratingModels(model, world)
-    rewrite_with = functools.partial(rewrite, s, generating, eos_ids)
-    if spin:
-        new_pairs_of = SpinSource(s, world, examples, policy, frozen, optimizer, rewrite_with)
-    elif s.generates:
-        new_pairs_of = functools.partial(sample_pairs, s, world, rewrite_with,
-                                         ema.model if s.rejected == "ema" else policy, examples)
-    else:
-        new_pairs_of = ColumnSource(s, world, examples)
-    pending = PendingPairs()                    # step -> pairs that were made and not yet used
-
-    evaluate = Evaluation(s, world, loaded.tokenizer, eos_ids, loaded.eval_examples, policy,
-                          generating, loaded.shortcuts, rewrite_with)
-    # Restores the newest checkpoint where there is one, and evaluates the start.
-    run.open(steps, evaluate, model, loaded.tokenizer, eos_ids, examples, loaded.eval_examples,
-             {"policy": policy, "optimizer": optimizer, "ema": ema, "frozen": frozen},
-             {"buffer": buffer, "pending": pending})
-
-    for step in range(run.step + 1, steps + 1):                                     # line 4
-        # Sampling stage. The EMA model is constant until its next refresh: the pairs of all steps
-        # until then are made at once. (A step that is not taken delays the refresh.)
-        if step not in pending:
-            pending |= new_pairs_of(steps_to_sample(s, world, ema, step, steps))    # lines 6 to 10
-        new_pairs = pending.pop(step)
-        kept_pairs = [pair for pair in new_pairs
-                      if not (s.skip_identical and pair.chosen == pair.rejected)]
-        if buffer is None:
-            batch = kept_pairs
-        else:
-            for pair in kept_pairs:
-                buffer.add(pair)                                                    # line 11
-            batch = buffer.sample(min(s.batch_size // world.size, len(buffer)))     # line 14
-        run.lap("generate")
-
-        # Training stage
-        lr, beta = schedule(s, step, steps)
-        metrics, nonfinite_rows = backward(                                         # line 15
-            s, world, scorer, reference_scorer, batch, beta)
-        run.lap("score")
-        # Not taken where the loss in metrics, or the gradient, is not finite.
-        took_step = optimizer_step(s, world, policy, optimizer, lr, metrics)        # line 16
-        if took_step and ema is not None:
-            ema.update(policy)                                                      # line 17
-        if s.ref in ("policy", "ema") and step % s.ref_every == 0:      # DPO's reference
-            frozen.load_state_dict((ema.model if s.ref == "ema" else policy).state_dict())
-        run.lap("update")
-        run.after_step(step, metrics, took_step, nonfinite_rows, new_pairs, batch)
-    run.close(policy)
 
 
 if __name__ == "__main__":

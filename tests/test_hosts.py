@@ -26,6 +26,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import sapo
 from buffer import ReplayBuffer
 from ema import EMA
 from losses import dpo_loss, orpo_loss
@@ -422,7 +423,7 @@ def test_sampling_settings_without_sense_are_refused(arguments):
 
 @pytest.mark.parametrize("loss, arguments", [(dpo_loss, 4), (orpo_loss, 3)])
 def test_losses_refuse_unequal_shapes(loss, arguments):
-    """(B,) beside (B, 1) would broadcast to (B, B) losses; every argument must have one shape."""
+    """(n,) beside (n, 1) would broadcast to (n, n) losses; every argument must have one shape."""
     for wrong in range(arguments):
         logps = [torch.full((3,), -1.0) for _ in range(arguments)]
         logps[wrong] = logps[wrong][:, None]
@@ -446,6 +447,15 @@ def test_a_very_low_temperature_is_greedy():
     for temperature in (1e-40, 1e-8):
         found = generate_segments(MODEL, prefixes, 9, eos_token_id=2, temperature=temperature)
         assert found == generate_segments(MODEL, prefixes, 9, eos_token_id=2, temperature=0)
+
+
+def test_top_p_1_is_no_filter(monkeypatch):
+    """top_p 1 leaves every token its probability, also where fp32 sums reach 1 before the tail."""
+    logits, seen = torch.tensor([[0.0, -30.0, -31.0]]), []
+    monkeypatch.setattr(torch, "multinomial", lambda probabilities, *args, **kwargs: (
+        seen.append(probabilities) or torch.zeros(1, 1, dtype=torch.long)))
+    sapo.sample_tokens(logits, 1.0, 0, 1.0)
+    assert torch.equal(seen[0], logits.softmax(-1)) and seen[0].min() > 0
 
 
 def test_forbidding_end_tokens_where_there_are_none():

@@ -47,7 +47,7 @@ def test_shared_layout_scores_every_token_once(x, a, branches):
     assert len(tokens) == len(x + a) + len(branches[0]) + len(branches[1]) - 2
     found = {kind: [] for kind in range(4)}
     for column, label, kind in scored:
-        past = [tokens[i] for i in range(len(tokens)) if branch[i] in (0, branch[column])
+        past = [tokens[i] for i in range(len(tokens)) if branch[i] in (sapo.SHARED, branch[column])
                 and positions[i] <= positions[column]]
         found[kind].append([*past, label])
     prefix = x + a
