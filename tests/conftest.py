@@ -40,6 +40,16 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "
 tqdm.set_lock(threading.RLock())
 torch.set_num_threads(1)                # enough for models this small
 
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """All tests run in two processes where pytest-xdist is installed (-n says how many)."""
+    everything = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    is_worker = hasattr(config, "workerinput")
+    if everything and not is_worker and getattr(config.option, "numprocesses", 0) is None:
+        config.option.numprocesses, config.option.dist = 2, "worksteal"
+
+
 # Every axis of the methods table, alone and combined.
 AXES = [
     "--loss orpo", "--loss dpo", "--loss dpo --ref policy", "--loss dpo --ref fixed", "--loss sft",
