@@ -11,7 +11,7 @@ times the difference, is rounded away when the decay is high, and the EMA model 
 
 Needs torch >= 2.9. MIT licence; from the reference code for SAPO (arXiv 2405.20830).
 """
-import copy as copying
+import copy
 import functools
 import types
 
@@ -32,8 +32,8 @@ class EMA:
 
     trainable_only: parameters with requires_grad=False, and buffers, are shared with the policy,
     not copied (for adapters on a frozen or quantised base).
-    copy: a copy of `model` made elsewhere, for models that can't be deep-copied (sharded ones);
-    nothing is shared then.
+    model_copy: a copy of `model` made elsewhere, for models that can't be deep-copied (sharded
+    ones); nothing is shared then.
 
     Raises ValueError for a decay outside [0, 1], an update_every below 1, a wrapper (DDP, FSDP),
     and a model whose forward was replaced by a function (TRL does that): the copy would still run
@@ -41,7 +41,7 @@ class EMA:
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.5, update_every: int = 2,
-                 trainable_only: bool = False, copy: nn.Module | None = None):
+                 trainable_only: bool = False, model_copy: nn.Module | None = None):
         if not 0 <= decay <= 1:
             raise ValueError(f"decay must lie between 0 and 1, not {decay}")
         if update_every < 1:
@@ -53,16 +53,16 @@ class EMA:
                 raise ValueError(f"the forward of {name or 'the model'} was replaced by a function,"
                                  " which a copy would share; make the EMA model before that")
         self.decay, self.update_every, self.steps = decay, update_every, 0
-        if copy is None:
+        if model_copy is None:
             shared = []
             if trainable_only:
                 shared = [p for p in model.parameters() if not p.requires_grad] + [*model.buffers()]
             # deepcopy takes what is in its memo instead of copying it.
-            copy = copying.deepcopy(model, memo={id(tensor): tensor for tensor in shared})
+            model_copy = copy.deepcopy(model, memo={id(tensor): tensor for tensor in shared})
         self.averaged = [name for name, p in model.named_parameters()
                          if p.requires_grad or not trainable_only]
         # Shared parameters require no gradient already.
-        self.model = copy.eval().requires_grad_(False)
+        self.model = model_copy.eval().requires_grad_(False)
         self.trainable_only = trainable_only
 
     @torch.no_grad()

@@ -82,8 +82,8 @@ def orpo_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, chosen
     supervised term: -policy_chosen_logps, unless it counts the prompt's tokens, too. lam: weight of
     the odds ratio term.
     Returns (losses, chosen_rewards, rejected_rewards), (pairs,) each, in at least fp32. The rewards
-    are for logging: lam * logps, detached. Losses and gradients are finite for every logp <= 0, 0
-    included. Raises ValueError when the shapes differ.
+    are for logging: lam * logps, detached. Losses and gradients are finite for every finite logp,
+    0 included. Raises ValueError when the shapes differ.
 
         chosen = rejected  ->  log odds ratio 0, losses = chosen_nll + lam * 0.6931
     """

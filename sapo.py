@@ -1,22 +1,18 @@
 """The method of SAPO (Self-Augmented Preference Optimization, arXiv 2405.20830).
 
-First reading, to line 330: what the method is.
-    Example, Pair       token ids of x and y+, and of x, y+ and y-
-    choose_segment      where B lies in a chosen response A B C             Algorithm 1 line 8
-    splice              put A B' C together                                 line 10, Eq. 5
-    make_pairs          lines 8 to 10 for a batch of examples               lines 7 to 10
-    generate_segments   write B' after x and A                              line 9
-    pair_logps          log-probabilities of y+ and y-                      for Eq. 1 and 3
-Second reading: how it is done with less work.
-    prefill, decode     what generate_segments does: a KV cache
-    fast_pair_logps     the numbers of pair_logps, with x and A read once
-    find_shortcuts, check_generation: what a given model can do
+x is the prompt, y+ = A B C the chosen response and y- = A B' C the rejected one. All are token ids;
+nothing is decoded and tokenized again. `model` is any causal LM of transformers ("talking to
+models" lists what is asked of another one).
 
-x is the prompt, y+ = A B C the chosen and y- = A B' C the rejected response. All are token ids;
-nothing is decoded and tokenized again. Shapes: T is a padded length, D the hidden size, V the
-vocabulary, N a number of tokens; (pairs,), (slots, V) and so on name the batch. `model` is any
-causal LM of transformers; "talking to models" lists what is asked of another one. as_ids, one_each,
-eos_ids_of and refuse_model ("checking arguments") return what they check as plain lists, or raise.
+First reading, to line 280: the method, by the line numbers of Algorithm 1 (train.py has it).
+     8      choose_segment      where B lies in y+
+     9      generate_segments   the EMA model writes B' after x and A
+    10      splice              A B' C
+     7-10   make_pairs          the three of them for a batch of examples
+    15      pair_logps          log-probabilities of y+ and y-, for the losses
+refuse_..., as_ids, one_each, eos_ids_of and checked_... are at the end; they only check arguments.
+Second reading: how a KV cache is written (prefill, decode), how pairs are scored with less work
+(fast_pair_logps), and how to find out what a model can do (find_shortcuts, check_generation).
 
 Needs losses.py, torch >= 2.9, numpy >= 1.26; models of transformers >= 5.0.
 MIT licence; from the reference code for SAPO (arXiv 2405.20830).
@@ -56,8 +52,8 @@ class Pair(NamedTuple):
         chosen    y+ = A | B  | C       cut at start and stop
         rejected  y- = A | B' | C       cut at start and rejected_stop; C may be missing here
 
-    stop, rejected_stop: None stands for the end of the response. example_id: its place in the data.
-    step: the optimizer step at which the pair was made.
+    Scoring needs start alone. stop and rejected_stop are for reports; None stands for the end of
+    the response. example_id: its place in the data. step: the optimizer step that made the pair.
     """
     prompt: list[int]
     chosen: list[int]
@@ -111,19 +107,20 @@ def make_pairs(model, examples: Sequence[Example], segment_len: int,
                max_new_tokens: int | Sequence[int] = 256, **sampling) -> list[Pair]:
     """Algorithm 1 lines 7 to 10: `model`, the EMA model, rewrites a segment of each response.
 
+        chosen [1, 2, 3, 4, 5], segment_len 2, start 1, B' = [8, 9]
+        ->  rejected [1, 8, 9, 4, 5], start 1, stop 3, rejected_stop 3
+
     examples: (prompt, chosen[, example_id]) tuples of token ids. segment_len: N_seg, the tokens of
-    B, and the most of B'; 0 rewrites the whole response. rng: draws where the segments lie (one
-    generator, or one per example). num_rejected: rewrites per example, all of the same segment.
-    tail: "keep" makes y- = A B' C (Eq. 5); "drop" makes y- = A B'; "rewrite" lets B reach to the
-    end of the response, so that B' is everything after A.
-    segment_eos: "stop" ends y- at an end token in B'; "forbid" bans end tokens in B' where C is not
-    empty.
-    max_new_tokens: the longest y- where B' may be longer than B: with segment_len 0, and with tail
-    "rewrite" (one number, or one per example). Nothing else depends on it.
+    B and the most of B'. rng: draws where the segments lie (one generator, or one per example).
     sampling: temperature, top_k, top_p, generator and decode_step of generate_segments.
-    Returns num_rejected pairs per example, in the order of the examples. If B holds the end token
-    of y+ and B' has none, y- has none. Raises ValueError on an empty response, on another value of
-    tail or segment_eos, and where generate_segments does.
+    Returns a list of Pair in the order of the examples. If B holds the end token of y+ and B' has
+    none, y- has none. Raises ValueError on an empty response, and where generate_segments does.
+
+    Variants. segment_len 0 rewrites the whole response. num_rejected: rewrites per example, all of
+    the same segment. tail: "keep" makes y- = A B' C (Eq. 5); "drop" makes y- = A B'; "rewrite" lets
+    B reach to the end of y+. segment_eos: "stop" ends y- at an end token in B'; "forbid" bans end
+    tokens in B' where C is not empty. max_new_tokens: the longest y- where B' may be longer than B,
+    so with segment_len 0 and with tail "rewrite" alone (one number, or one per example).
     """
     refuse_unless(tail in ("keep", "drop", "rewrite"),
                   f"tail must be 'keep', 'drop' or 'rewrite', not {tail!r}")
@@ -134,6 +131,7 @@ def make_pairs(model, examples: Sequence[Example], segment_len: int,
     max_lens = one_each(max_new_tokens, examples, "max_new_tokens")
     spans, limits, prefixes, forbid_eos = [], [], [], []
     for (prompt, chosen, _), example_rng, max_len in zip(examples, rngs, max_lens, strict=True):
+        # choose_segment; limit: the most tokens of B', as many as B has unless a variant says more
         start, stop, limit = segment_span(                                              # line 8
             len(chosen), segment_len, example_rng, tail, max_len)
         spans.append((start, stop))
@@ -146,28 +144,12 @@ def make_pairs(model, examples: Sequence[Example], segment_len: int,
     pairs = []
     for example, (start, stop), rewrites in zip(examples, spans, segments, strict=True):
         prompt, chosen, example_id = example
-        kept = chosen[:stop] if tail == "drop" else chosen
+        kept = chosen[:stop] if tail == "drop" else chosen              # "drop": no C
         for segment in rewrites:
             rejected = splice(kept, start, stop, segment, eos_token_id)                 # line 10
-            pairs.append(Pair(prompt, chosen, rejected, start, stop, start + len(segment),
-                              example_id))
+            pairs.append(Pair(prompt, chosen, rejected, start, stop,
+                              rejected_stop=start + len(segment), example_id=example_id))
     return pairs
-
-
-def segment_span(response_len: int, segment_len: int, rng: np.random.Generator, tail: str,
-                 max_len: int) -> tuple[int, int, int]:
-    """choose_segment with the settings of make_pairs: (start, stop, most tokens of B').
-
-        tail "keep" or "drop"   B' has at most as many tokens as B
-        segment_len 0           B is the whole response, B' has at most max_len tokens
-        tail "rewrite"          B reaches to the end of y+, A B' may have max_len tokens (and B'
-                                segment_len tokens in any case)
-    """
-    start, stop = choose_segment(response_len, segment_len or response_len, rng)
-    limit = stop - start if segment_len else max_len
-    if tail == "rewrite":
-        stop, limit = response_len, max(limit, max_len - start)
-    return start, stop, limit
 
 
 @torch.no_grad()
@@ -181,13 +163,14 @@ def generate_segments(model, prefixes: Sequence[Sequence[int]],
     """Continue each prefix (Algorithm 1 line 9); samples as model.generate(do_sample=True) does.
 
     prefixes: token ids, of any lengths but not empty. max_new_tokens: one, or one per prefix.
-    eos_token_id: an id, several, or None; a list ends with the end token that was produced.
+    eos_token_id: an id, several, or None.
     temperature 0 is greedy, as model.generate(do_sample=False). Otherwise temperature, then top_k
     (0: all), then top_p, in that order. generator: draws the tokens.
     num_return: continuations per prefix, which is read once for all of them.
     forbid_eos: one bool, or one per prefix: no end token is produced there.
     decode_step: a faster replacement for plain_decode_step(model), which is the default.
-    Returns num_return token lists for each prefix. During the call, a model in training mode is in
+    Returns num_return token lists for each prefix; a list that an end token ended holds it as its
+    last. During the call, a model in training mode is in
     eval mode (no dropout). check_generation(model) tells whether a model can work with the cache.
     Raises ValueError for an empty prefix, for values that are not token ids, for lists of unequal
     length, and for a model that is wrapped or not causal; FloatingPointError where logits are not
@@ -205,35 +188,19 @@ def generate_segments(model, prefixes: Sequence[Sequence[int]],
     if not prefixes or max(limits) == 0:
         return [[[] for _ in range(num_return)] for _ in prefixes]
     with eval_mode(model):
-        cache = prefill(model, prefixes, max(limits))           # the cache has a slot per prefix,
+        # The KV cache has a slot (a row) per prefix, then one per continuation.
+        cache = prefill(model, prefixes, max(limits))
         slots = [i for i in range(len(prefixes)) for _ in range(num_return)]
-        cache.select_slots(slots)                               # now a slot per continuation
+        if num_return > 1:
+            cache.select_slots(slots)
+
+        def choose(logits: Tensor) -> Tensor:
+            return sample_tokens(logits, temperature, top_k, top_p, generator)
+
         outputs = decode(
-            model, decode_step or plain_decode_step(model), cache,
-            [prefixes[i] for i in slots], [limits[i] for i in slots], [forbid[i] for i in slots],
-            eos_ids, choose=lambda logits: sample_tokens(logits, temperature, top_k, top_p,
-                                                         generator))
+            model, decode_step or plain_decode_step(model), cache, [prefixes[i] for i in slots],
+            [limits[i] for i in slots], [forbid[i] for i in slots], eos_ids, choose)
     return [outputs[i:i + num_return] for i in range(0, len(outputs), num_return)]
-
-
-def sample_tokens(logits: Tensor, temperature: float, top_k: int, top_p: float,
-                  generator: torch.Generator | None = None) -> Tensor:
-    """One token per row: logits (rows, V) -> (rows,). Temperature, then top-k, then top-p.
-
-        probabilities 0.5, 0.3, 0.2, top_p 0.7  ->  tokens 0 and 1 stay, because the mass before
-        token 1 (0.5) is below 0.7; they are drawn 5 : 3
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    k = min(top_k or logits.shape[-1], logits.shape[-1])
-    values, tokens = logits.topk(k, sorted=True)                        # (rows, k), best first
-    # The maximum goes first, so that a very low temperature gives no infinity.
-    probabilities = ((values - values[:, :1]) / max(temperature, 1e-30)).softmax(-1)
-    if top_p < 1:
-        before = probabilities.cumsum(-1) - probabilities       # the mass of the better tokens
-        probabilities = probabilities.masked_fill(before >= top_p, 0)
-        probabilities[:, 0] = probabilities[:, 0].clamp(min=1e-30)  # top_p = 0 keeps the best one
-    return tokens.gather(-1, torch.multinomial(probabilities, 1, generator=generator))[:, 0]
 
 
 # ------------------------------------------------------------- log-probabilities of both responses
@@ -245,29 +212,23 @@ class PairLogps(NamedTuple):
     chosen_nll: Tensor
 
 
-class Shortcuts(NamedTuple):
-    """What fast_pair_logps may do for a model because the numbers are the same (find_shortcuts)."""
-    share_prefix: bool      # read x and A once per pair
-    split_head: bool        # compute logits of the scored tokens alone, from hidden states
-
-
 def pair_logps(model, pairs: Sequence[Pair], average: bool = False,
-               shortcuts: Shortcuts | None = None, skip_shared: bool = False,
+               shortcuts: "Shortcuts | None" = None, skip_shared: bool = False,
                nll_on: str = "response") -> PairLogps:
     """Log-probabilities of both responses of each pair: (chosen_logps, rejected_logps, chosen_nll).
 
     average: the mean over the response's tokens (for ORPO) instead of their sum (for DPO).
-    skip_shared: leave A out of both log-probabilities. A adds the same number to both sums, so
-    DPO's loss and gradient do not change, nor does the margin of its rewards. Not for ORPO: a mean
-    without A is another number.
-    nll_on: the tokens of chosen_nll, the mean negative log-likelihood: "response" (y+, or B C with
-    skip_shared) or "prompt" (x and y+).
+    skip_shared: leave A out of both log-probabilities (for DPO). A adds the same number to both
+    sums, so DPO's loss and gradient do not change, nor does the margin of its rewards; but the
+    rewards do. A mean without A is another mean.
+    nll_on: the tokens of chosen_nll, the mean negative log-likelihood: "response" (those that
+    chosen_logps counts) or "prompt" (x and y+).
     shortcuts: what find_shortcuts(model) found; None is plain, and right for every causal LM.
     Raises ValueError for an empty list, an empty prompt, values that are not token ids, a pair
     whose responses differ before `start`, and a model that is wrapped or not causal.
     """
-    refuse_model(model, "pair_logps", "a call past the wrapper leaves gradients unsynchronised; "
-                 "wrap PairScorer(model) instead and call that")
+    refuse_model(model, "pair_logps", "wrap PairScorer(model) instead, and call that; a call past "
+                 "the wrapper leaves gradients unsynchronised")
     refuse_unless(nll_on in ("response", "prompt"),
                   f"nll_on must be 'response' or 'prompt', not {nll_on!r}")
     refuse_unless(len(pairs) > 0, "there are no pairs to score")
@@ -289,7 +250,7 @@ def plain_pair_logps(model, pairs: Sequence[Pair], average: bool, skip_shared: b
     return PairLogps(
         sequence_logps(chosen_logits, labels_from(chosen, score_from, device), average),
         sequence_logps(rejected_logits, labels_from(rejected, score_from, device), average),
-        # always a mean: with average and "response" the first number again, negative
+        # A mean always. (With average and nll_on="response" it is -chosen_logps.)
         -sequence_logps(chosen_logits, labels_from(chosen, nll_from, device), average=True))
 
 
@@ -301,35 +262,45 @@ def plain_logits(model, sequences: list[list[int]]) -> Tensor:
                  attention_mask=torch.tensor(mask, device=device), use_cache=False).logits
 
 
-def labels_from(sequences: list[list[int]], first: list[int], device: torch.device) -> Tensor:
-    """Labels of the tokens from column first[i] of each sequence on: (sequences, T).
+def labels_from(sequences: list[list[int]], score_from: list[int], device: torch.device) -> Tensor:
+    """Labels of the tokens from column score_from[i] of each sequence on: (sequences, T).
 
     -100 stands for the tokens before, and for the padding: sequence_logps ignores it.
     """
     labels = [[-100] * start + sequence[start:]
-              for sequence, start in zip(sequences, first, strict=True)]
+              for sequence, start in zip(sequences, score_from, strict=True)]
     return torch.tensor(pad(labels, -100), device=device)
 
 
-class PairScorer(nn.Module):
-    """pair_logps as the forward of a module, for DDP or FSDP to wrap.
+def pad(sequences: Sequence[Sequence[int]], value: int = 0) -> list[list[int]]:
+    """Sequences made equally long on the right."""
+    longest = max(map(len, sequences))
+    return [[*sequence, *[value] * (longest - len(sequence))] for sequence in sequences]
 
-    They synchronise gradients only for calls of the module that they wrap.
+
+# =================================================================================================
+# The first reading ends here. What follows: how segments are generated, how pairs are scored with
+# less work for the same numbers, and how to find out what a model can do. Shapes: T is a padded
+# length, D the hidden size, V the vocabulary, N a number of tokens. A slot is a row of the cache.
+# =================================================================================================
+
+# ------------------------------------------------------------------------- variants of the segment
+
+def segment_span(response_len: int, segment_len: int, rng: np.random.Generator, tail: str,
+                 max_len: int) -> tuple[int, int, int]:
+    """choose_segment with the settings of make_pairs: (start, stop, most tokens of B').
+
+        tail "keep" or "drop"   B' has at most as many tokens as B
+        segment_len 0           B is the whole response, B' has at most max_len tokens
+        tail "rewrite"          B reaches to the end of y+, A B' may have max_len tokens (and B'
+                                segment_len tokens in any case)
     """
+    start, stop = choose_segment(response_len, segment_len or response_len, rng)
+    limit = stop - start if segment_len else max_len
+    if tail == "rewrite":
+        return start, response_len, max(limit, max_len - start)
+    return start, stop, limit
 
-    def __init__(self, model: nn.Module, shortcuts: Shortcuts | None = None):
-        super().__init__()
-        self.model, self.shortcuts = model, shortcuts
-
-    def forward(self, pairs: Sequence[Pair], **kwargs) -> PairLogps:
-        """kwargs: average, skip_shared and nll_on of pair_logps."""
-        return pair_logps(self.model, pairs, shortcuts=self.shortcuts, **kwargs)
-
-
-# =================================================================================================
-# The first reading ends here. What follows gives the same numbers with less work, and finds out for
-# which models it may.
-# =================================================================================================
 
 # ---------------------------------------------------------------------- generation with a KV cache
 
@@ -495,7 +466,48 @@ def plain_decode_step(model) -> Callable:
     return decode_step
 
 
+def sample_tokens(logits: Tensor, temperature: float, top_k: int, top_p: float,
+                  generator: torch.Generator | None = None) -> Tensor:
+    """One token per row: logits (rows, V) -> (rows,). Temperature, then top-k, then top-p.
+
+        probabilities 0.5, 0.3, 0.2, top_p 0.7  ->  tokens 0 and 1 stay, because the mass before
+        token 1 (0.5) is below 0.7; they are drawn 5 : 3
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    k = min(top_k or logits.shape[-1], logits.shape[-1])
+    values, tokens = logits.topk(k, sorted=True)                        # (rows, k), best first
+    # The maximum goes first, so that a very low temperature gives no infinity.
+    probabilities = ((values - values[:, :1]) / max(temperature, 1e-30)).softmax(-1)
+    if top_p < 1:
+        before = probabilities.cumsum(-1) - probabilities       # the mass of the better tokens
+        probabilities = probabilities.masked_fill(before >= top_p, 0)
+        probabilities[:, 0] = probabilities[:, 0].clamp(min=1e-30)  # top_p = 0 keeps the best one
+    return tokens.gather(-1, torch.multinomial(probabilities, 1, generator=generator))[:, 0]
+
+
 # ------------------------------------------------- scoring with a shared prefix and fewer logits
+
+class Shortcuts(NamedTuple):
+    """What fast_pair_logps may do for a model because the numbers are the same (find_shortcuts)."""
+    share_prefix: bool      # read x and A once per pair
+    split_head: bool        # compute logits of the scored tokens alone, from hidden states
+
+
+class PairScorer(nn.Module):
+    """pair_logps as the forward of a module, for DDP or FSDP to wrap.
+
+    They synchronise gradients only for calls of the module that they wrap.
+    """
+
+    def __init__(self, model: nn.Module, shortcuts: Shortcuts | None = None):
+        super().__init__()
+        self.model, self.shortcuts = model, shortcuts
+
+    def forward(self, pairs: Sequence[Pair], **kwargs) -> PairLogps:
+        """kwargs: average, skip_shared and nll_on of pair_logps."""
+        return pair_logps(self.model, pairs, shortcuts=self.shortcuts, **kwargs)
+
 
 # The same numbers with less work: one sequence per pair, in which two branches share x and A.
 #
@@ -688,12 +700,6 @@ def eval_mode(model):
 
 
 # ------------------------------------------------------------------------------ checking arguments
-
-def pad(sequences: Sequence[Sequence[int]], value: int = 0) -> list[list[int]]:
-    """Sequences made equally long on the right."""
-    longest = max(map(len, sequences))
-    return [[*sequence, *[value] * (longest - len(sequence))] for sequence in sequences]
-
 
 def one_each(value, sequences: Sequence, name: str) -> list:
     """One value for all sequences, or one for each, as a list."""

@@ -289,7 +289,7 @@ def test_ema_interval_buffers_and_state():
         assert ema.steps_until_refresh() == steps_left and not ema.update(policy)
     assert ema.model[0].num_batches_tracked == 0 and ema.model[0].weight.tolist() == [1, 1]
     made_elsewhere = copy.deepcopy(policy)
-    restored = EMA(policy, decay=0.5, update_every=3, copy=made_elsewhere)
+    restored = EMA(policy, decay=0.5, update_every=3, model_copy=made_elsewhere)
     restored.load_state_dict(copy.deepcopy(ema.state_dict()))
     assert restored.model is made_elsewhere
     for one in (ema, restored):
@@ -340,8 +340,8 @@ def test_pairs_always_hold_together(rows, end, segment_len, k, seed, eos, tail):
     examples = [sapo.Example(prompt, [t for t in chosen[:-1] if t != end] + chosen[-1:], 10 + i)
                 for i, (prompt, chosen) in enumerate(rows)]
     pairs = make_pairs(MODEL, examples, segment_len, np.random.default_rng(seed), eos_token_id=end,
-                       num_rejected=k, max_new_tokens=4, segment_eos=eos, tail=tail,
-                       temperature=1.0, top_k=9, generator=torch.Generator().manual_seed(seed))
+                       num_rejected=k, max_new_tokens=4, segment_eos=eos, tail=tail, top_k=9,
+                       generator=torch.Generator().manual_seed(seed))
     assert [(pair.prompt, pair.chosen, pair.example_id) for pair in pairs] == [
         tuple(example) for example in examples for _ in range(k)]
     for chosen, pair in ((pair.chosen, pair) for pair in pairs):
@@ -545,7 +545,6 @@ def test_skip_shared_changes_nothing_for_dpo(shortcuts):
 def test_shared_layout_worked_example():
     """x = [1], A = [2], B C = [3, 4], B' C = [5, 4]  ->  1 2 3 5 at 0 1 2 2; 1 and 2 are shared."""
     sequence, labels = sapo.shared_layout(Pair([1], [2, 3, 4], [2, 5, 4], 1))
-    assert sequence == ([1, 2, 3, 5], [0, 1, 2, 2],
-                        [sapo.SHARED, sapo.SHARED, sapo.CHOSEN, sapo.REJECTED])
+    assert sequence == ([1, 2, 3, 5], [0, 1, 2, 2], [4, 4, 2, 3])       # SHARED is 4
     assert labels == [(0, 2, sapo.SEGMENT_A), (1, 3, sapo.CHOSEN), (2, 4, sapo.CHOSEN),
                       (1, 5, sapo.REJECTED), (3, 4, sapo.REJECTED)]

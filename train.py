@@ -47,16 +47,15 @@ from support import cli
 from support.errors import UserError
 from support.evaluate import Evaluation, new_tokens
 from support.generating import GeneratingModels, in_batches_by_length
-from support.loading import load
+from support.loading import load, make_reference
 from support.metrics import LossMetrics
 from support.models import checkpoint_layers
 from support.optim import make_optimizer, optimizer_step, schedule
 from support.pair_sources import (
     DRAW,
     REWRITE,
-    ColumnSource,
     PendingPairs,
-    SpinSource,
+    baseline_source,
     minibatch,
     steps_to_sample,
     torch_generator,
@@ -68,65 +67,63 @@ from support.signals import Stop
 
 
 def train_policy(s: Settings, world: World, run: Run) -> None:
-    """Set up, Algorithm 1, save."""
+    """Set up, Algorithm 1, save.
+
+    The settings that choose the method: s.loss is "orpo", "dpo" or "sft". s.rejected says who
+    writes y-: "ema" (SAPO), "policy", "spin", or "data" (the rows have one). s.generates: is y-
+    written by a model at all? s.ref: DPO's reference, the "ema" model or the "policy" of some steps
+    ago (s.ref_every), or "fixed"; SAPO-DPO's default is "ema".
+    """
     loaded = load(s, world)
-    model, examples, eos_ids, steps = loaded.model, loaded.examples, loaded.eos_ids, loaded.steps
+    model, examples, steps = loaded.model, loaded.examples, loaded.steps
 
-    # On one device, prepare and wrap change nothing, frozen_copy is a deepcopy and scorer is
-    # PairScorer. With several processes they shard the models or wrap them in DDP.
+    # On one device, prepare and wrap change nothing, frozen_copy is a deepcopy, and world.scorer
+    # makes a PairScorer. With several processes they shard the models or wrap them in DDP.
     policy = world.prepare(model)                                                   # line 1
-    buffer = (ReplayBuffer(s.buffer_size // world.size, seed=[DRAW, s.seed, world.rank])
-              if s.buffer_size else None)                                           # line 2
-    ema = (EMA(policy, s.ema_decay, s.ema_every, copy=world.frozen_copy(model))
-           if s.needs_ema else None)                                                # line 3
-    optimizer = make_optimizer(s, policy)
-
-    # frozen: the model behind DPO's reference. It starts as the policy or as --ref_model; the end
-    # of a step, or a round of SPIN, may set it anew.
-    spin = s.generates and s.rejected == "spin"
-    frozen = None
-    if s.ref or spin:       # a --ref_model is used by nothing else, so it needs no copy
-        frozen = world.frozen_copy(loaded.reference, in_place=bool(s.ref_model))
+    buffer = ema = None
+    if s.buffer_size:
+        buffer = ReplayBuffer(s.buffer_size // world.size, [DRAW, s.seed, world.rank])  # line 2
+    if s.needs_ema:
+        ema = EMA(policy, s.ema_decay, s.ema_every, model_copy=world.frozen_copy(model))  # line 3
+    frozen, reference_scorer = make_reference(s, world, loaded)     # DPO's reference
     if s.grad_checkpoint:
         checkpoint_layers(policy)
-    # scorer, reference_scorer: pairs -> their log-probabilities (sapo.PairScorer)
     scorer = world.wrap(world.scorer(policy, loaded.shortcuts, s.compile))
-    reference_scorer = None
-    if s.loss == "dpo":
-        reference_scorer = world.scorer(frozen, loaded.reference_shortcuts)
+    optimizer = make_optimizer(s, policy)
 
-    # new_pairs_of: a range of steps -> {step: this process's new pairs}. For SAPO it is
-    # sample_pairs, which calls rewrite, which calls make_pairs.
     generating = GeneratingModels(model, world)
-    rewrite_with = functools.partial(rewrite, s, generating, eos_ids)
-    if spin:
-        new_pairs_of = SpinSource(s, world, examples, policy, frozen, optimizer, rewrite_with)
-    elif s.generates:
+    rewrite_with = functools.partial(rewrite, s, generating, loaded.eos_ids)
+    writer = baseline_pairs = None          # writer: the model that rewrites segments
+    if s.generates and s.rejected in ("ema", "policy"):
         writer = ema.model if s.rejected == "ema" else policy
-        new_pairs_of = functools.partial(sample_pairs, s, world, rewrite_with, writer, examples)
-    else:
-        new_pairs_of = ColumnSource(s, world, examples)
-    pending = PendingPairs()                    # {step: pairs} that were made and not yet used
+    else:                                   # SPIN, the rows' own pairs, SFT
+        baseline_pairs = baseline_source(s, world, examples, policy, frozen, optimizer,
+                                         rewrite_with)
+    pending = PendingPairs()                # {step: pairs} that were made and not yet used
 
-    evaluate = Evaluation(s, world, loaded.tokenizer, eos_ids, loaded.eval_examples, policy,
-                          generating, loaded.shortcuts, rewrite_with)
+    evaluate = Evaluation(s, world, loaded, policy, generating, rewrite_with)
     # Restores the newest checkpoint where there is one (run.step, weights, buffer and all else),
     # and evaluates the start.
-    run.open(steps, evaluate, model, loaded.tokenizer, eos_ids, examples, loaded.eval_examples,
+    run.open(loaded, evaluate,
              {"policy": policy, "optimizer": optimizer, "ema": ema, "frozen": frozen},
              {"buffer": buffer, "pending": pending})
 
     # ----------------------------------------------------------------------------- Algorithm 1
     for step in range(run.step + 1, steps + 1):                                     # line 4
         # Sampling stage. The EMA model is constant until its next refresh, so the pairs of all
-        # steps until then are made at once: the same pairs, in larger batches.
+        # steps until then are made at once, in larger batches.
         if step not in pending:
-            pending |= new_pairs_of(steps_to_sample(s, world, ema, step, steps))    # lines 6 to 10
+            some_steps = steps_to_sample(s, world, ema, step, steps)
+            pending.update(                                                         # lines 6 to 10
+                sample_pairs(s, world, rewrite_with, writer, examples, some_steps)
+                if writer is not None else baseline_pairs(some_steps))
         new_pairs = pending.pop(step)
-        batch = kept_pairs = [pair for pair in new_pairs
-                              if not (s.skip_identical and pair.chosen == pair.rejected)]
-        if buffer is not None:              # None: train on the new pairs
-            for pair in kept_pairs:
+        kept = [pair for pair in new_pairs
+                if pair.chosen != pair.rejected or not s.skip_identical]
+        if buffer is None:
+            batch = kept
+        else:
+            for pair in kept:
                 buffer.add(pair)                                                    # line 11
             batch = buffer.sample(min(s.batch_size // world.size, len(buffer)))     # line 14
         run.lap("generate")
@@ -152,9 +149,8 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
 def sample_pairs(s: Settings, world: World, rewrite_with, writer, examples, steps: range) -> dict:
     """Algorithm 1 lines 6 to 10 for several steps at once: {step: its pairs}.
 
-    writer: the EMA model, or with --rejected policy the policy. rewrite_with: `rewrite` with its
-    first three arguments. A mini-batch is this process's share of the next --batch_size rows; the
-    rows are shuffled anew in every epoch.
+    rewrite_with: `rewrite` with its first three arguments. A mini-batch is this process's share of
+    the next --batch_size rows; the rows are shuffled anew in every epoch.
     """
     work = [(step, example) for step in steps
             for example in minibatch(s, examples, step, world)]                     # line 6
@@ -178,20 +174,20 @@ def rewrite(s: Settings, generating: GeneratingModels, eos_ids: list[int], model
     rngs: one per example, to draw where its segment lies. generator: draws the tokens. Returns
     num_rejected pairs per example, in the order of the examples.
     """
-    def rewrite_batch(batch: list[int]) -> list[list[Pair]]:
-        few = [examples[i] for i in batch]
-        pairs = make_pairs(
-            full_model, [Example(e.prompt, e.chosen, e.example_id) for e in few],
-            s.segment_len, [rngs[i] for i in batch], eos_token_id=eos_ids,
-            num_rejected=num_rejected, tail=s.tail, segment_eos=s.segment_eos,
-            max_new_tokens=new_tokens(s, few), temperature=s.temperature, top_k=s.top_k,
-            top_p=s.top_p, generator=generator, decode_step=decode_step)
-        generating.tokens_written += sum(pair.rejected_stop - pair.start for pair in pairs)
-        return batches(pairs, num_rejected)                 # a list of pairs per example
-
-    lengths = [len(e.prompt) + len(e.chosen) for e in examples]
     # full_model: all weights, also where `model` is sharded. decode_step: a faster one, or None.
     with generating(model) as (full_model, decode_step):
+        def rewrite_batch(batch: list[int]) -> list[list[Pair]]:
+            few = [examples[i] for i in batch]
+            pairs = make_pairs(
+                full_model, [Example(e.prompt, e.chosen, e.example_id) for e in few],
+                s.segment_len, [rngs[i] for i in batch], eos_token_id=eos_ids,
+                num_rejected=num_rejected, tail=s.tail, segment_eos=s.segment_eos,
+                max_new_tokens=new_tokens(s, few), temperature=s.temperature, top_k=s.top_k,
+                top_p=s.top_p, generator=generator, decode_step=decode_step)
+            generating.tokens_written += sum(pair.rejected_stop - pair.start for pair in pairs)
+            return batches(pairs, num_rejected)                 # a list of pairs per example
+
+        lengths = [len(e.prompt) + len(e.chosen) for e in examples]
         return in_batches_by_length(lengths, s.generate_batch // num_rejected, rewrite_batch)
 
 
@@ -204,34 +200,34 @@ def backward(s: Settings, world: World, scorer, reference_scorer, pairs: list[Pa
     Returns the means of what is logged, and the rows whose loss is not finite.
     """
     metrics = LossMetrics(s)
-    # weight: processes / pairs of all processes, because DDP divides gradients by the processes.
-    # It is 0 where this process has no pairs left and only calls the model as often as the others.
+    # weight: 1 / pairs of all processes, times the processes, because DDP divides by these. It is 0
+    # where this process has no pairs left and only calls the model as often as the others.
     for micro_batch, weight in world.micro_batches(scorer, pairs, s.micro_batch):
         with world.precision():
-            losses, policy, rewards = compute_loss(s, scorer, reference_scorer, micro_batch, beta)
+            losses, policy_logps, rewards = compute_loss(
+                s, scorer, reference_scorer, micro_batch, beta)
         (weight * losses.sum()).backward()
         if weight:
-            metrics.add(micro_batch, losses, policy, rewards)
+            metrics.add(micro_batch, losses, policy_logps, rewards)
     return world.means(metrics.sums), metrics.nonfinite_rows
 
 
 def compute_loss(s: Settings, scorer, reference_scorer, pairs: list[Pair], beta: float):
     """Line 15: losses (pairs,), the policy's PairLogps, and the rewards of y+ and y-."""
-    # DPO: sums, without A. ORPO: means per token. SFT: means; y- is y+, and scored only once.
+    # DPO: sums, without A. ORPO: means per token. SFT: means of y+ alone (sft_pair of
+    # support/pair_sources.py gives pairs in which nothing is left of y-).
     how = {"average": s.loss != "dpo", "skip_shared": s.loss == "dpo", "nll_on": s.nll_on}
-    policy = scorer(pairs, **how)
+    policy_logps = scorer(pairs, **how)
     if s.loss == "sft":
-        return policy.chosen_nll, policy, None
+        return policy_logps.chosen_nll, policy_logps, None
     if s.loss == "orpo":
-        losses, *rewards = orpo_loss(policy.chosen_logps, policy.rejected_logps,
-                                     policy.chosen_nll, s.lam)
+        losses, *rewards = orpo_loss(*policy_logps, s.lam)
     else:
         with torch.no_grad():
-            reference = reference_scorer(pairs, **how)
-        losses, *rewards = dpo_loss(policy.chosen_logps, policy.rejected_logps,
-                                    reference.chosen_logps, reference.rejected_logps,
-                                    beta, s.label_smoothing)
-    return losses, policy, rewards
+            reference_logps = reference_scorer(pairs, **how)
+        losses, *rewards = dpo_loss(*policy_logps[:2], *reference_logps[:2], beta,
+                                    s.label_smoothing)
+    return losses, policy_logps, rewards
 
 
 # -------------------------------------------------------------------------------------------- run

@@ -44,7 +44,7 @@ for step in range(1, 21):
     minibatch = [examples[i] for i in rng.integers(len(examples), size=16)]
     for pair in make_pairs(ema.model, minibatch, segment_len=28, rng=rng, eos_token_id=eos):
         buffer.add(pair)                # x, A B C and A B' C
-    pairs = buffer.sample(16)           # the least used first
+    pairs = buffer.sample(16)           # the least used most likely
     chosen_logps, rejected_logps, chosen_nll = pair_logps(policy, pairs, average=True)
     losses, _, _ = orpo_loss(chosen_logps, rejected_logps, chosen_nll, lam=0.05)
     optimizer.zero_grad()

@@ -20,16 +20,17 @@ class Evaluation:
     (data_...), whatever the method.
     """
 
-    def __init__(self, settings, world, tokenizer, eos_ids: list[int],
-                 examples: list[TokenizedExample], start_model, generating, shortcuts,
-                 rewrite: Callable):
-        """start_model: what training starts from. generating: a GeneratingModels.
+    def __init__(self, settings, world, loaded, start_model, generating, rewrite: Callable):
+        """loaded: what loading.load gave. start_model: what training starts from.
 
-        rewrite(model, examples, rngs, num_rejected, generator): a list of pairs per example.
+        generating: a GeneratingModels. rewrite(model, examples, rngs, num_rejected, generator): a
+        list of pairs per example.
         """
-        self.settings, self.world, self.tokenizer = settings, world, tokenizer
-        self.eos_ids, self.generating, self.shortcuts = eos_ids, generating, shortcuts
-        self.examples = sorted(examples[world.rank::world.size], key=lambda e: len(e.prompt))
+        self.settings, self.world, self.generating = settings, world, generating
+        self.tokenizer, self.eos_ids = loaded.tokenizer, loaded.eos_ids
+        self.shortcuts = loaded.shortcuts
+        self.examples = sorted(loaded.eval_examples[world.rank::world.size],
+                               key=lambda e: len(e.prompt))
         self.column_pairs = [column_pair(e) for e in self.examples if e.rejected]
         if settings.rejected == "data" and settings.loss != "sft":
             self.pairs = self.column_pairs

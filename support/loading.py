@@ -50,3 +50,17 @@ def load(s, world) -> Loaded:
                                     shortcuts.split_head and reference_shortcuts.split_head)
     return Loaded(model, tokenizer, reference, examples, eval_examples, eos_ids, steps,
                   shortcuts, reference_shortcuts)
+
+
+def make_reference(s, world, loaded: Loaded) -> tuple[nn.Module | None, nn.Module | None]:
+    """The model behind DPO's reference, and what scores pairs with it; None where none is needed.
+
+    The model starts as what training starts from, or as --ref_model. SPIN writes y- with it, too.
+    """
+    frozen = reference_scorer = None
+    if s.ref or (s.generates and s.rejected == "spin"):
+        # A --ref_model is used by nothing else, so it needs no copy.
+        frozen = world.frozen_copy(loaded.reference, in_place=bool(s.ref_model))
+    if s.loss == "dpo":
+        reference_scorer = world.scorer(frozen, loaded.reference_shortcuts)
+    return frozen, reference_scorer

@@ -101,6 +101,14 @@ class PendingPairs(dict):
         self.update({step: [Pair(*fields) for fields in pairs] for step, pairs in state.items()})
 
 
+def baseline_source(s: Settings, world, examples: Examples, policy, frozen, optimizer,
+                    rewrite: Callable) -> Callable[[range], dict[int, list[Pair]]]:
+    """The source of pairs of a method whose y- is not a rewritten segment."""
+    if s.generates:
+        return SpinSource(s, world, examples, policy, frozen, optimizer, rewrite)
+    return ColumnSource(s, world, examples)
+
+
 def torch_generator(world, seed: list[int]) -> torch.Generator:
     """A generator seeded with these numbers and the rank: no random state has to be kept."""
     seed = int(np.random.default_rng([*seed, world.rank]).integers(2 ** 63))

@@ -90,23 +90,23 @@ class Run:
         if self.lock.warning:
             self.world.say(self.lock.warning)
 
-    def open(self, steps: int, evaluate: Evaluation, model, tokenizer, eos_ids: list[int], examples,
-             eval_examples, replicated_state: dict, per_rank_state: dict) -> None:
+    def open(self, loaded, evaluate: Evaluation, replicated_state: dict,
+             per_rank_state: dict) -> None:
         """Restore the checkpoint, make the folder, print the header, evaluate the start.
 
-        replicated_state, per_rank_state: name -> what a checkpoint holds, the same in every process
-        and each process's own. The order of examples, segments and sampling need no state: their
-        seeds come from the step.
+        loaded: what loading.load gave. replicated_state, per_rank_state: name -> what a checkpoint
+        holds, the same in every process and each process's own. The order of examples, segments
+        and sampling need no state: their seeds come from the step.
         """
         s, world = self.settings, self.world
-        self.steps, self.evaluate = steps, evaluate
-        self.model, self.tokenizer, self.eos_ids = model, tokenizer, eos_ids
-        self.examples = examples
+        model, examples, steps = loaded.model, loaded.examples, loaded.steps
+        self.model, self.examples, self.steps, self.evaluate = model, examples, steps, evaluate
+        self.tokenizer, self.eos_ids = loaded.tokenizer, loaded.eos_ids
         self.replicated_state, self.per_rank_state = replicated_state, per_rank_state
         # Before the checkpoint: the model that was loaded is the one that training started from.
         start_model = world.frozen_copy(model) if s.save_pairs else None
         fingerprints = {"data": examples.fingerprint(),
-                        "eval_data": fingerprint_examples(eval_examples),
+                        "eval_data": fingerprint_examples(loaded.eval_examples),
                         "model": world.run_on_rank0(lambda: fingerprint_model(located(s.model))),
                         "ref_model": world.run_on_rank0(lambda: s.ref_model and fingerprint_model(
                             located(s.ref_model), "--ref_model"))}
@@ -128,12 +128,13 @@ class Run:
             self.folder = world.run_on_rank0(lambda: new_run_folder(s))
             world.run_on_rank0(self._lock_folder)
         self.report = Report(s, self.saved_settings, world, self.folder, steps, self.step, examples,
-                             tokenizer, eos_ids)
+                             self.tokenizer, self.eos_ids)
         if s.save_pairs:
             self.saved_pairs = SavedPairs(
-                s, world, self.folder, examples, tokenizer,
+                s, world, self.folder, examples, self.tokenizer,
                 world.scorer(start_model, evaluate.shortcuts), self.report.say)
-        self.report.say(*header(s, world, model, examples, eval_examples, steps, self.folder))
+        self.report.say(*header(s, world, model, examples, loaded.eval_examples, steps,
+                                self.folder))
         self.progress["before"] = self.progress["before"] or self._evaluate()
         self.stop.training = True
         self.clock.restart()
