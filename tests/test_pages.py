@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY, forked, status_of
+from test_examples import NEEDS
 
 import train
 from support import cli
@@ -48,6 +49,9 @@ IN_PLACE = {
     "FILE.jsonl": "rows.jsonl", "pairs.jsonl": "rows.jsonl", "heldout.jsonl": "rows.jsonl",
     "runs/0001 runs/0002": "old/run old/run",
 }
+# test_examples_print_what_their_headers_show runs these as they stand.
+RUN_BY_TEST_EXAMPLES = [[f"examples/{name}.py"] for name in NEEDS]
+
 # What makes commands short: of train.py, and of each program in bench/.
 SHORT = ["--steps", "2", "--batch_size", "2", "--micro_batch", "2", "--eval_rows", "2",
          "--max_new_tokens", "4", "--print_every", "0", "--eval_every", "0", "--threads", "1"]
@@ -252,8 +256,9 @@ def words_of(block: str, folder: Path) -> list[list[str]]:
 def run_words(words: list[str], folder: Path) -> int:
     """Run one program in `folder`; its exit status. Without what no test can run: 0."""
     arguments = words[1:]
-    if (shlex.join(words).startswith(tuple(NOT_RUN))
-            or arguments[:2] == ["-m", "pytest"]):      # those have a test of their own
+    have_their_own_test = (arguments[:2] == ["-m", "pytest"]
+                           or arguments in RUN_BY_TEST_EXAMPLES)
+    if shlex.join(words).startswith(tuple(NOT_RUN)) or have_their_own_test:
         return 0
     script = next(i for i, word in enumerate(arguments) if word.endswith(".py"))
     arguments = arguments[script:]
