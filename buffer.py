@@ -17,8 +17,8 @@ class ReplayBuffer:
     numpy.random.default_rng takes it. An item that was drawn c times so far has weight 1 / (1 + c),
     so items that were used less are drawn more often. Raises ValueError for a capacity below 1.
 
-        capacity 2, add "a", "b", "c"  ->  holds "b", "c"
-        counts [0, 3]                  ->  the first is drawn with probability 1 / (1 + 1/4) = 0.8
+        capacity 2, add "a", "b", "c"     ->  holds "b", "c"
+        counts [0, 3], weights 1 and 1/4  ->  the first is drawn with probability 0.8
 
     .items and .counts are lists, oldest first. For reports alone: .evicted counts the dropped
     items, .evicted_unused those of them that were never drawn. .drawn_counts: how often each item

@@ -61,7 +61,7 @@ class EMA:
             model_copy = copy.deepcopy(model, memo={id(tensor): tensor for tensor in shared})
         self.averaged = [name for name, p in model.named_parameters()
                          if p.requires_grad or not trainable_only]
-        # Shared parameters require no gradient already.
+        # (Shared parameters require no gradient in the policy either.)
         self.model = model_copy.eval().requires_grad_(False)
         self.trainable_only = trainable_only
 
@@ -105,9 +105,10 @@ class EMA:
 def copy_would_share(forward) -> bool:
     """Would a deep copy of a module run this `forward`, taken from the module, as it is?
 
-    None stands for the method of the class, which is no problem. deepcopy copies bound methods with
-    the module, also inside a functools.partial (accelerate makes these), but never a function: that
-    goes on calling whatever model its closure holds.
+    None: the module has no forward of its own, and runs that of its class. deepcopy copies a bound
+    method together with the module, also inside a functools.partial; of accelerate's partial of a
+    plain function it copies the arguments, the module among them. It never copies a function, which
+    goes on calling the model that its closure holds.
     """
     if isinstance(forward, functools.partial):
         return isinstance(forward.func, types.FunctionType) and bool(forward.func.__closure__)

@@ -76,11 +76,11 @@ def orpo_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, chosen
               lam: float = 0.05) -> tuple[Tensor, Tensor, Tensor]:
     """ORPO (Hong et al. 2024; Eq. 3): the supervised loss plus lam times the odds ratio loss.
 
-    losses = chosen_nll - lam * log sigmoid(log odds of chosen - log odds of rejected)
+    losses = chosen_nll - lam * log sigmoid(log_odds(chosen) - log_odds(rejected))
 
     policy_*_logps: (pairs,) mean log-probabilities per token, <= 0. chosen_nll: (pairs,) the
-    supervised term: -policy_chosen_logps, unless it counts the prompt's tokens, too. lam: weight of
-    the odds ratio term.
+    supervised term, the mean negative log-likelihood of y+, or of x and y+. lam: weight of the odds
+    ratio term.
     Returns (losses, chosen_rewards, rejected_rewards), (pairs,) each, in at least fp32. The rewards
     are for logging: lam * logps, detached. Losses and gradients are finite for every finite logp,
     0 included. Raises ValueError when the shapes differ.

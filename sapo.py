@@ -4,13 +4,16 @@ x is the prompt, y+ = A B C the chosen response and y- = A B' C the rejected one
 nothing is decoded and tokenized again. `model` is any causal LM of transformers ("talking to
 models" lists what is asked of another one).
 
-First reading, to line 280: the method, by the line numbers of Algorithm 1 (train.py has it).
-     8      choose_segment      where B lies in y+
-     9      generate_segments   the EMA model writes B' after x and A
-    10      splice              A B' C
-     7-10   make_pairs          the three of them for a batch of examples
-    15      pair_logps          log-probabilities of y+ and y-, for the losses
-refuse_..., as_ids, one_each, eos_ids_of and checked_... are at the end; they only check arguments.
+First reading, to the double line in the middle of this file. train.py has Algorithm 1.
+
+    Example, Pair       x and y+; x, y+ and y-
+    make_pairs          lines 7 to 10   from a batch of examples to pairs
+    choose_segment      line 8          where B lies in y+
+    generate_segments   line 9          the EMA model writes B' after x and A
+    splice              line 10         A B' C
+    pair_logps          line 15         log-probabilities of y+ and y-, for the losses
+
+Skip refuse_..., as_ids, one_each, eos_ids_of and checked_...: they only check arguments.
 Second reading: how a KV cache is written (prefill, decode), how pairs are scored with less work
 (fast_pair_logps), and how to find out what a model can do (find_shortcuts, check_generation).
 
@@ -52,8 +55,8 @@ class Pair(NamedTuple):
         chosen    y+ = A | B  | C       cut at start and stop
         rejected  y- = A | B' | C       cut at start and rejected_stop; C may be missing here
 
-    Scoring needs start alone. stop and rejected_stop are for reports; None stands for the end of
-    the response. example_id: its place in the data. step: the optimizer step that made the pair.
+    start: scoring uses it. stop, rejected_stop: for reports alone; None: the response ends there.
+    example_id: its place in the data. step: the optimizer step that made the pair.
     """
     prompt: list[int]
     chosen: list[int]
@@ -110,17 +113,21 @@ def make_pairs(model, examples: Sequence[Example], segment_len: int,
         chosen [1, 2, 3, 4, 5], segment_len 2, start 1, B' = [8, 9]
         ->  rejected [1, 8, 9, 4, 5], start 1, stop 3, rejected_stop 3
 
-    examples: (prompt, chosen[, example_id]) tuples of token ids. segment_len: N_seg, the tokens of
-    B and the most of B'. rng: draws where the segments lie (one generator, or one per example).
+    examples: (prompt, chosen[, example_id]) tuples of token ids.
+    segment_len: B has this many tokens (N_seg), or all where y+ is shorter; B' at most as many.
+    rng: draws where the segments lie (one generator, or one per example).
     sampling: temperature, top_k, top_p, generator and decode_step of generate_segments.
-    Returns a list of Pair in the order of the examples. If B holds the end token of y+ and B' has
-    none, y- has none. Raises ValueError on an empty response, and where generate_segments does.
+    Returns a list of Pair in the order of the examples. y- may lack an end token: when B holds that
+    of y+ and B' has none. Raises ValueError on an empty response, and where generate_segments does.
 
-    Variants. segment_len 0 rewrites the whole response. num_rejected: rewrites per example, all of
-    the same segment. tail: "keep" makes y- = A B' C (Eq. 5); "drop" makes y- = A B'; "rewrite" lets
-    B reach to the end of y+. segment_eos: "stop" ends y- at an end token in B'; "forbid" bans end
-    tokens in B' where C is not empty. max_new_tokens: the longest y- where B' may be longer than B,
-    so with segment_len 0 and with tail "rewrite" alone (one number, or one per example).
+    Variants:
+    num_rejected: rewrites per example, all of the same segment.
+    segment_len 0: B is the whole response.
+    tail: "keep" makes y- = A B' C (Eq. 5); "drop" makes A B'; "rewrite" lets B reach to y+'s end.
+    segment_eos: "stop" ends y- at an end token in B'; "forbid" bans end tokens in B' where y+ goes
+    on after B.
+    max_new_tokens: with segment_len 0, the most tokens of B'; with tail "rewrite", B' may go on
+    until A B' has this many; not used otherwise. One number, or one per example.
     """
     refuse_unless(tail in ("keep", "drop", "rewrite"),
                   f"tail must be 'keep', 'drop' or 'rewrite', not {tail!r}")
@@ -129,11 +136,13 @@ def make_pairs(model, examples: Sequence[Example], segment_len: int,
     examples = [checked_example(example) for example in examples]
     rngs = one_each(rng, examples, "rng")
     max_lens = one_each(max_new_tokens, examples, "max_new_tokens")
-    spans, limits, prefixes, forbid_eos = [], [], [], []
+
+    spans, limits, prefixes, forbid_eos = [], [], [], []        # one entry per example
     for (prompt, chosen, _), example_rng, max_len in zip(examples, rngs, max_lens, strict=True):
-        # choose_segment; limit: the most tokens of B', as many as B has unless a variant says more
-        start, stop, limit = segment_span(                                              # line 8
-            len(chosen), segment_len, example_rng, tail, max_len)
+        start, stop = choose_segment(len(chosen), segment_len or len(chosen), example_rng)  # line 8
+        limit = stop - start if segment_len else max_len        # the most tokens of B'
+        if tail == "rewrite":
+            stop, limit = len(chosen), max(limit, max_len - start)
         spans.append((start, stop))
         limits.append(limit)
         prefixes.append([*prompt, *chosen[:start]])                     # x A
@@ -144,9 +153,9 @@ def make_pairs(model, examples: Sequence[Example], segment_len: int,
     pairs = []
     for example, (start, stop), rewrites in zip(examples, spans, segments, strict=True):
         prompt, chosen, example_id = example
-        kept = chosen[:stop] if tail == "drop" else chosen              # "drop": no C
+        spliced_into = chosen[:stop] if tail == "drop" else chosen      # "drop": no C
         for segment in rewrites:
-            rejected = splice(kept, start, stop, segment, eos_token_id)                 # line 10
+            rejected = splice(spliced_into, start, stop, segment, eos_token_id)         # line 10
             pairs.append(Pair(prompt, chosen, rejected, start, stop,
                               rejected_stop=start + len(segment), example_id=example_id))
     return pairs
@@ -166,15 +175,15 @@ def generate_segments(model, prefixes: Sequence[Sequence[int]],
     eos_token_id: an id, several, or None.
     temperature 0 is greedy, as model.generate(do_sample=False). Otherwise temperature, then top_k
     (0: all), then top_p, in that order. generator: draws the tokens.
+    Returns num_return token lists for each prefix; an end token is kept, as the last one.
+
     num_return: continuations per prefix, which is read once for all of them.
     forbid_eos: one bool, or one per prefix: no end token is produced there.
     decode_step: a faster replacement for plain_decode_step(model), which is the default.
-    Returns num_return token lists for each prefix; a list that an end token ended holds it as its
-    last. During the call, a model in training mode is in
-    eval mode (no dropout). check_generation(model) tells whether a model can work with the cache.
-    Raises ValueError for an empty prefix, for values that are not token ids, for lists of unequal
-    length, and for a model that is wrapped or not causal; FloatingPointError where logits are not
-    finite.
+    During the call, a model in training mode is in eval mode (no dropout). Raises ValueError for an
+    empty prefix, for values that are not token ids, for lists of unequal length, and for a model
+    that is wrapped or not causal; FloatingPointError where logits are not finite. It does not ask
+    whether the model can work with the cache: check_generation does.
     """
     refuse_model(model, "generate_segments", "pass the model inside the wrapper")
     prefixes = [as_ids(prefix, "a prefix") for prefix in prefixes]
@@ -187,16 +196,18 @@ def generate_segments(model, prefixes: Sequence[Sequence[int]],
     refuse_unless(temperature >= 0, f"temperature must be at least 0, not {temperature}")
     if not prefixes or max(limits) == 0:
         return [[[] for _ in range(num_return)] for _ in prefixes]
+
+    def choose(logits: Tensor) -> Tensor:
+        return sample_tokens(logits, temperature, top_k, top_p, generator)
+
+    # prefill reads the prefixes into a KV cache, a slot (row) for each. decode gives every slot one
+    # token per round: the model reads the slot's last token and its cache, `choose` draws the next.
+    # A slot is done at an end token, or at its limit.
     with eval_mode(model):
-        # The KV cache has a slot (a row) per prefix, then one per continuation.
         cache = prefill(model, prefixes, max(limits))
-        slots = [i for i in range(len(prefixes)) for _ in range(num_return)]
+        slots = [i for i in range(len(prefixes)) for _ in range(num_return)]    # 2: 0, 0, 1, 1, ...
         if num_return > 1:
             cache.select_slots(slots)
-
-        def choose(logits: Tensor) -> Tensor:
-            return sample_tokens(logits, temperature, top_k, top_p, generator)
-
         outputs = decode(
             model, decode_step or plain_decode_step(model), cache, [prefixes[i] for i in slots],
             [limits[i] for i in slots], [forbid[i] for i in slots], eos_ids, choose)
@@ -218,12 +229,12 @@ def pair_logps(model, pairs: Sequence[Pair], average: bool = False,
     """Log-probabilities of both responses of each pair: (chosen_logps, rejected_logps, chosen_nll).
 
     average: the mean over the response's tokens (for ORPO) instead of their sum (for DPO).
-    skip_shared: leave A out of both log-probabilities (for DPO). A adds the same number to both
-    sums, so DPO's loss and gradient do not change, nor does the margin of its rewards; but the
-    rewards do. A mean without A is another mean.
-    nll_on: the tokens of chosen_nll, the mean negative log-likelihood: "response" (those that
-    chosen_logps counts) or "prompt" (x and y+).
-    shortcuts: what find_shortcuts(model) found; None is plain, and right for every causal LM.
+    skip_shared: leave A out of all three, for DPO alone: A cancels in the difference of the sums,
+    so DPO's loss, its gradient and the margin of its rewards stay as they are.
+    nll_on: what chosen_nll, the mean negative log-likelihood, counts: the "response" (y+), or the
+    "prompt", too (x and y+, with A in any case).
+    shortcuts: what find_shortcuts(model) found (second reading); None is plain, and right for every
+    causal LM.
     Raises ValueError for an empty list, an empty prompt, values that are not token ids, a pair
     whose responses differ before `start`, and a model that is wrapped or not causal.
     """
@@ -250,7 +261,7 @@ def plain_pair_logps(model, pairs: Sequence[Pair], average: bool, skip_shared: b
     return PairLogps(
         sequence_logps(chosen_logits, labels_from(chosen, score_from, device), average),
         sequence_logps(rejected_logits, labels_from(rejected, score_from, device), average),
-        # A mean always. (With average and nll_on="response" it is -chosen_logps.)
+        # A mean always; for ORPO with nll_on="response", -chosen_logps once more.
         -sequence_logps(chosen_logits, labels_from(chosen, nll_from, device), average=True))
 
 
@@ -283,24 +294,6 @@ def pad(sequences: Sequence[Sequence[int]], value: int = 0) -> list[list[int]]:
 # less work for the same numbers, and how to find out what a model can do. Shapes: T is a padded
 # length, D the hidden size, V the vocabulary, N a number of tokens. A slot is a row of the cache.
 # =================================================================================================
-
-# ------------------------------------------------------------------------- variants of the segment
-
-def segment_span(response_len: int, segment_len: int, rng: np.random.Generator, tail: str,
-                 max_len: int) -> tuple[int, int, int]:
-    """choose_segment with the settings of make_pairs: (start, stop, most tokens of B').
-
-        tail "keep" or "drop"   B' has at most as many tokens as B
-        segment_len 0           B is the whole response, B' has at most max_len tokens
-        tail "rewrite"          B reaches to the end of y+, A B' may have max_len tokens (and B'
-                                segment_len tokens in any case)
-    """
-    start, stop = choose_segment(response_len, segment_len or response_len, rng)
-    limit = stop - start if segment_len else max_len
-    if tail == "rewrite":
-        return start, response_len, max(limit, max_len - start)
-    return start, stop, limit
-
 
 # ---------------------------------------------------------------------- generation with a KV cache
 

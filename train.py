@@ -20,7 +20,7 @@ This file is Algorithm 1 of the paper, and the comments carry its line numbers:
     16            update the policy
     17            EMA model <- decay * EMA model + (1 - decay) * policy                [3]
 
-(5 and 13 are headings, 12 and 18 end loops.) This code departs from the paper in three places.
+(Lines without content are left out.) This code departs from the printed algorithm in three places.
 [1] The paper writes "A and B": B would give the model the text that it has to replace. [2] Where B'
 holds an end token, the response ends there and C is dropped. [3] The EMA model changes every
 --ema_every steps only, as Section 5.1 says. It is constant until then, so the pairs of these steps
@@ -33,7 +33,6 @@ not the method: loading, checkpoints, reports, several processes.
 import support.threads  # noqa: F401  (before torch: how its threads wait, docs/speed.md)
 
 # isort: split
-import functools
 import sys
 
 import numpy as np
@@ -46,7 +45,7 @@ from sapo import Example, Pair, make_pairs
 from support import cli
 from support.errors import UserError
 from support.evaluate import Evaluation, new_tokens
-from support.generating import GeneratingModels, in_batches_by_length
+from support.generating import GeneratingModels, batches_by_length
 from support.loading import load, make_reference
 from support.metrics import LossMetrics
 from support.models import checkpoint_layers
@@ -69,37 +68,48 @@ from support.signals import Stop
 def train_policy(s: Settings, world: World, run: Run) -> None:
     """Set up, Algorithm 1, save.
 
-    The settings that choose the method: s.loss is "orpo", "dpo" or "sft". s.rejected says who
-    writes y-: "ema" (SAPO), "policy", "spin", or "data" (the rows have one). s.generates: is y-
-    written by a model at all? s.ref: DPO's reference, the "ema" model or the "policy" of some steps
-    ago (s.ref_every), or "fixed"; SAPO-DPO's default is "ema".
+    The settings that choose the method:
+
+                       s.loss            s.rejected   y- is written by
+        SAPO           "orpo" or "dpo"   "ema"        the EMA model
+        on-policy      "orpo" or "dpo"   "policy"     the policy
+        SPIN           "orpo" or "dpo"   "spin"       the policy of the round's start
+        ORPO or DPO    "orpo" or "dpo"   "data"       the data's author
+        SFT            "sft"             (not used)   nobody
+
+    s.ref: DPO's reference, "ema" or "policy" (as it was some steps ago) or "fixed" (the start).
+    None without DPO, and in SPIN, whose reference is the policy of the round's start.
     """
     loaded = load(s, world)
-    model, examples, steps = loaded.model, loaded.examples, loaded.steps
+    model, examples, total_steps = loaded.model, loaded.examples, loaded.steps
 
-    # On one device, prepare and wrap change nothing, frozen_copy is a deepcopy, and world.scorer
-    # makes a PairScorer. With several processes they shard the models or wrap them in DDP.
+    # On one device prepare and wrap return what they get, frozen_copy returns a deepcopy, and
+    # scorer a PairScorer. On several they shard the model, or wrap the scorer in DDP.
     policy = world.prepare(model)                                                   # line 1
     buffer = ema = None
-    if s.buffer_size:
+    if s.buffer_size:       # DRAW, REWRITE: numbers that keep uses of the seed apart
         buffer = ReplayBuffer(s.buffer_size // world.size, [DRAW, s.seed, world.rank])  # line 2
     if s.needs_ema:
         ema = EMA(policy, s.ema_decay, s.ema_every, model_copy=world.frozen_copy(model))  # line 3
-    frozen, reference_scorer = make_reference(s, world, loaded)     # DPO's reference
+    frozen, reference_scorer = make_reference(s, world, loaded)     # frozen: DPO's reference
     if s.grad_checkpoint:
-        checkpoint_layers(policy)
+        checkpoint_layers(policy)       # after the copies, which need no gradient
     scorer = world.wrap(world.scorer(policy, loaded.shortcuts, s.compile))
     optimizer = make_optimizer(s, policy)
 
     generating = GeneratingModels(model, world)
-    rewrite_with = functools.partial(rewrite, s, generating, loaded.eos_ids)
-    writer = baseline_pairs = None          # writer: the model that rewrites segments
+
+    def rewrite_with(model, examples, rngs, num_rejected, generator):
+        return rewrite(s, generating, loaded.eos_ids, model, examples, rngs, num_rejected,
+                       generator)
+
     if s.generates and s.rejected in ("ema", "policy"):
-        writer = ema.model if s.rejected == "ema" else policy
-    else:                                   # SPIN, the rows' own pairs, SFT
-        baseline_pairs = baseline_source(s, world, examples, policy, frozen, optimizer,
-                                         rewrite_with)
-    pending = PendingPairs()                # {step: pairs} that were made and not yet used
+        def new_pairs_of(some_steps: range) -> dict[int, list[Pair]]:
+            writer = ema.model if s.rejected == "ema" else policy
+            return sample_pairs(s, world, rewrite_with, writer, examples, some_steps)
+    else:
+        new_pairs_of = baseline_source(s, world, rewrite_with, examples, policy, frozen, optimizer)
+    pending = PendingPairs()            # {step: pairs} that were made and not yet used
 
     evaluate = Evaluation(s, world, loaded, policy, generating, rewrite_with)
     # Restores the newest checkpoint where there is one (run.step, weights, buffer and all else),
@@ -109,17 +119,15 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
              {"buffer": buffer, "pending": pending})
 
     # ----------------------------------------------------------------------------- Algorithm 1
-    for step in range(run.step + 1, steps + 1):                                     # line 4
+    for step in range(run.step + 1, total_steps + 1):                               # line 4
         # Sampling stage. The EMA model is constant until its next refresh, so the pairs of all
         # steps until then are made at once, in larger batches.
-        if step not in pending:
-            some_steps = steps_to_sample(s, world, ema, step, steps)
-            pending.update(                                                         # lines 6 to 10
-                sample_pairs(s, world, rewrite_with, writer, examples, some_steps)
-                if writer is not None else baseline_pairs(some_steps))
+        if step not in pending:         # this step and the next ones, two for --ema_every 2
+            some_steps = steps_to_sample(s, world, ema, step, total_steps)
+            pending.update(new_pairs_of(some_steps))                                # lines 6 to 10
         new_pairs = pending.pop(step)
         kept = [pair for pair in new_pairs
-                if pair.chosen != pair.rejected or not s.skip_identical]
+                if not (s.skip_identical and pair.chosen == pair.rejected)]
         if buffer is None:
             batch = kept
         else:
@@ -129,7 +137,7 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
         run.lap("generate")
 
         # Training stage
-        lr, beta = schedule(s, step, steps)
+        lr, beta = schedule(s, step, total_steps)
         metrics, nonfinite_rows = backward(                                         # line 15
             s, world, scorer, reference_scorer, batch, beta)
         run.lap("score")
@@ -146,21 +154,23 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
 
 # --------------------------------------------------------------------- lines 6 to 10: new pairs
 
-def sample_pairs(s: Settings, world: World, rewrite_with, writer, examples, steps: range) -> dict:
+def sample_pairs(s: Settings, world: World, rewrite_with, model, examples,
+                 some_steps: range) -> dict[int, list[Pair]]:
     """Algorithm 1 lines 6 to 10 for several steps at once: {step: its pairs}.
 
-    rewrite_with: `rewrite` with its first three arguments. A mini-batch is this process's share of
-    the next --batch_size rows; the rows are shuffled anew in every epoch.
+    model: the EMA model, or with --rejected policy the policy. A mini-batch is this process's
+    share of the next --batch_size rows; the rows are shuffled anew in every epoch.
     """
-    work = [(step, example) for step in steps
+    # The mini-batches of all steps in one list, rewritten in one go, then dealt out again.
+    work = [(step, example) for step in some_steps
             for example in minibatch(s, examples, step, world)]                     # line 6
-    # A segment's place depends on its step and row, not on the number of processes. REWRITE keeps
-    # this use of the seed apart from others.
+    # A segment's place depends on its step and row, not on the number of processes.
     rngs = [np.random.default_rng([REWRITE, s.seed, step, example.example_id])
             for step, example in work]
-    rewrites = rewrite_with(writer, [example for _, example in work], rngs, s.num_rejected,
-                            torch_generator(world, [REWRITE, s.seed, steps.start])) # lines 7 to 10
-    pairs = {step: [] for step in steps}
+    generator = torch_generator(world, [REWRITE, s.seed, some_steps.start])
+    rewrites = rewrite_with(                                                        # lines 7 to 10
+        model, [example for _, example in work], rngs, s.num_rejected, generator)
+    pairs = {step: [] for step in some_steps}
     for (step, _), new_pairs in zip(work, rewrites, strict=True):
         pairs[step] += [pair._replace(step=step) for pair in new_pairs]
     return pairs
@@ -171,24 +181,25 @@ def rewrite(s: Settings, generating: GeneratingModels, eos_ids: list[int], model
             generator: torch.Generator) -> list[list[Pair]]:
     """Algorithm 1 lines 7 to 10: `model` rewrites a segment of each chosen response.
 
-    rngs: one per example, to draw where its segment lies. generator: draws the tokens. Returns
-    num_rejected pairs per example, in the order of the examples.
+    examples: rows of the data with prompt, chosen and example_id. rngs: one per example, to draw
+    where its segment lies. generator: draws the tokens. Returns num_rejected pairs per example, in
+    the order of the examples, which are rewritten in batches of like lengths.
     """
+    pairs_of: dict[int, list[Pair]] = {}
+    lengths = [len(e.prompt) + len(e.chosen) for e in examples]
     # full_model: all weights, also where `model` is sharded. decode_step: a faster one, or None.
     with generating(model) as (full_model, decode_step):
-        def rewrite_batch(batch: list[int]) -> list[list[Pair]]:
-            few = [examples[i] for i in batch]
+        for indices in batches_by_length(lengths, s.generate_batch // num_rejected):
+            few = [examples[i] for i in indices]
             pairs = make_pairs(
                 full_model, [Example(e.prompt, e.chosen, e.example_id) for e in few],
-                s.segment_len, [rngs[i] for i in batch], eos_token_id=eos_ids,
+                s.segment_len, [rngs[i] for i in indices], eos_token_id=eos_ids,
                 num_rejected=num_rejected, tail=s.tail, segment_eos=s.segment_eos,
                 max_new_tokens=new_tokens(s, few), temperature=s.temperature, top_k=s.top_k,
                 top_p=s.top_p, generator=generator, decode_step=decode_step)
+            pairs_of |= zip(indices, batches(pairs, num_rejected), strict=True)
             generating.tokens_written += sum(pair.rejected_stop - pair.start for pair in pairs)
-            return batches(pairs, num_rejected)                 # a list of pairs per example
-
-        lengths = [len(e.prompt) + len(e.chosen) for e in examples]
-        return in_batches_by_length(lengths, s.generate_batch // num_rejected, rewrite_batch)
+    return [pairs_of[i] for i in range(len(examples))]
 
 
 # ------------------------------------------------------------------------------ line 15: the loss
@@ -200,8 +211,8 @@ def backward(s: Settings, world: World, scorer, reference_scorer, pairs: list[Pa
     Returns the means of what is logged, and the rows whose loss is not finite.
     """
     metrics = LossMetrics(s)
-    # weight: 1 / pairs of all processes, times the processes, because DDP divides by these. It is 0
-    # where this process has no pairs left and only calls the model as often as the others.
+    # weight: processes / pairs of all processes. DDP averages over processes, so that the sum is
+    # the mean over all pairs. Weight 0: a call that only keeps this process in step with others.
     for micro_batch, weight in world.micro_batches(scorer, pairs, s.micro_batch):
         with world.precision():
             losses, policy_logps, rewards = compute_loss(
@@ -214,14 +225,13 @@ def backward(s: Settings, world: World, scorer, reference_scorer, pairs: list[Pa
 
 def compute_loss(s: Settings, scorer, reference_scorer, pairs: list[Pair], beta: float):
     """Line 15: losses (pairs,), the policy's PairLogps, and the rewards of y+ and y-."""
-    # DPO: sums, without A. ORPO: means per token. SFT: means of y+ alone (sft_pair of
-    # support/pair_sources.py gives pairs in which nothing is left of y-).
+    # DPO: sums, without A. ORPO: means per token. SFT: chosen_nll alone; its pairs have y- = y+.
     how = {"average": s.loss != "dpo", "skip_shared": s.loss == "dpo", "nll_on": s.nll_on}
     policy_logps = scorer(pairs, **how)
     if s.loss == "sft":
         return policy_logps.chosen_nll, policy_logps, None
     if s.loss == "orpo":
-        losses, *rewards = orpo_loss(*policy_logps, s.lam)
+        losses, *rewards = orpo_loss(*policy_logps, s.lam)      # chosen, rejected, chosen_nll
     else:
         with torch.no_grad():
             reference_logps = reference_scorer(pairs, **how)

@@ -22,9 +22,9 @@ Traps of such a host:
 - Move the EMA model in on_step_end, which comes once per optimizer step; compute_loss is called
   once per micro-batch.
 - Switch dropout off again: the Trainer puts the model in training mode before each micro-batch.
-- Several GPUs need torchrun. In a single process the Trainer takes DataParallel, which can't split
-  a batch of pairs.
-- Trainer.evaluate would call compute_loss, which adds to the buffer. Evaluate in another way.
+- Several GPUs need torchrun. In a single process the Trainer takes DataParallel, which does not
+  split a list of pairs: every GPU would get all of them.
+- Trainer.evaluate calls the scorer with the batch itself, not with pairs. Evaluate in another way.
 - Save the policy. The Trainer's own checkpoints hold the scorer, but not the EMA model and not the
   buffer (both have state_dict).
 """

@@ -66,15 +66,9 @@ class GeneratingModels:
             p.untyped_storage().resize_(share * p.numel() * p.element_size())
 
 
-def in_batches_by_length(lengths: Sequence[int], size: int, function: Callable) -> list:
-    """function(places) for at most `size` places at a time, those of like lengths together.
+def batches_by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Places of `lengths`, those of like lengths together, at most `size` at a time.
 
-    function returns a list with one result per place. Returns the results in the places' order.
-
-        lengths [9, 2, 8], size 2  ->  function([1, 2]), then function([0])
+        lengths [9, 2, 8], size 2  ->  [1, 2], [0]
     """
-    results = {}
-    by_length = sorted(range(len(lengths)), key=lambda place: lengths[place])
-    for part in batches(by_length, max(1, size)):
-        results |= zip(part, function(part), strict=True)
-    return [results[place] for place in range(len(lengths))]
+    return batches(sorted(range(len(lengths)), key=lambda place: lengths[place]), max(1, size))

@@ -101,8 +101,8 @@ class PendingPairs(dict):
         self.update({step: [Pair(*fields) for fields in pairs] for step, pairs in state.items()})
 
 
-def baseline_source(s: Settings, world, examples: Examples, policy, frozen, optimizer,
-                    rewrite: Callable) -> Callable[[range], dict[int, list[Pair]]]:
+def baseline_source(s: Settings, world, rewrite: Callable, examples: Examples, policy, frozen,
+                    optimizer) -> Callable[[range], dict[int, list[Pair]]]:
     """The source of pairs of a method whose y- is not a rewritten segment."""
     if s.generates:
         return SpinSource(s, world, examples, policy, frozen, optimizer, rewrite)

@@ -16,7 +16,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, TORCHRUN
+from safetensors.torch import load_file
+from torch.nn.parallel.scatter_gather import scatter
 
+from buffer import ReplayBuffer
 from ema import EMA
 from losses import orpo_loss
 from sapo import Pair, PairScorer, make_pairs, pair_logps
@@ -310,6 +313,34 @@ def test_the_ema_model_made_before_the_trainer_is_its_own(bf16, tmp_path):
     assert not torch.allclose(policy(ids).logits, before, atol=1e-2)
     with pytest.raises(ValueError, match="replaced by a function"):
         trainer.Sapo(policy, 2)
+
+
+def test_the_trainers_evaluation_is_of_no_use(tmp_path):
+    """The trap: Trainer.evaluate calls the scorer with the batch itself, not with pairs."""
+    host = make_trainer(example("trainer"), tiny(), tmp_path)
+    with pytest.raises(TypeError, match="'pairs'"):
+        host.evaluate(eval_dataset=some_examples(4))
+
+
+def test_the_trainers_checkpoints_hold_the_scorer_alone(tmp_path):
+    """The trap: neither the EMA model nor the buffer is in a checkpoint of the Trainer."""
+    policy = tiny()
+    host = make_trainer(example("trainer"), policy, tmp_path)
+    host.args.save_strategy, host.args.save_steps = "steps", 4
+    host.train()
+    saved = load_file(tmp_path / "checkpoint-4/model.safetensors")
+    assert set(saved) <= {f"model.{name}" for name in policy.state_dict()}
+    files = {file.name for file in (tmp_path / "checkpoint-4").iterdir()}
+    assert not [name for name in files if "ema" in name or "buffer" in name]
+    restored = ReplayBuffer(512)
+    restored.load_state_dict(host.sapo.buffer.state_dict(), item=Pair)
+    assert restored.items == host.sapo.buffer.items and len(restored) == 16
+
+
+def test_data_parallel_gives_every_device_all_pairs():
+    """The trap: DataParallel does not split a list of pairs between devices."""
+    pairs = [Pair([5], [6, 7], [6, 8], 1), Pair([9], [6], [7], 0)]
+    assert [list(part) for part in scatter(pairs, [0, 1])] == [pairs, pairs]
 
 
 TWO_PROCESSES = """

@@ -177,6 +177,8 @@ def test_ema_with_nothing_to_average():
 def accelerated():
     """A model that accelerate prepared for bf16 by replacing its forward; skips without."""
     accelerate = pytest.importorskip("accelerate")
+    # accelerate remembers the first Accelerator of a process; another test may have made one.
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     return accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(tiny())
 
 
