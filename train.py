@@ -42,7 +42,7 @@ from buffer import ReplayBuffer
 from ema import EMA
 from losses import dpo_loss, orpo_loss
 from sapo import Example, Pair, make_pairs
-from support import cli
+from support import cli, pair_sources
 from support.errors import UserError
 from support.evaluate import Evaluation, new_tokens
 from support.generating import GeneratingModels, batches_by_length
@@ -50,15 +50,6 @@ from support.loading import load, make_reference
 from support.metrics import LossMetrics
 from support.models import checkpoint_layers
 from support.optim import make_optimizer, optimizer_step, schedule
-from support.pair_sources import (
-    DRAW,
-    REWRITE,
-    PendingPairs,
-    baseline_source,
-    minibatch,
-    steps_to_sample,
-    torch_generator,
-)
 from support.parallel import World, batches
 from support.run import Run
 from support.settings import Settings
@@ -88,9 +79,11 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
     policy = world.prepare(model)                                                   # line 1
     buffer = ema = None
     if s.buffer_size:       # DRAW, REWRITE: numbers that keep uses of the seed apart
-        buffer = ReplayBuffer(s.buffer_size // world.size, [DRAW, s.seed, world.rank])  # line 2
+        buffer = ReplayBuffer(s.buffer_size // world.size,                          # line 2
+                              seed=[pair_sources.DRAW, s.seed, world.rank])
     if s.needs_ema:
-        ema = EMA(policy, s.ema_decay, s.ema_every, model_copy=world.frozen_copy(model))  # line 3
+        ema = EMA(policy, s.ema_decay, s.ema_every,                                 # line 3
+                  model_copy=world.frozen_copy(model))
     frozen, reference_scorer = make_reference(s, world, loaded)     # frozen: DPO's reference
     if s.grad_checkpoint:
         checkpoint_layers(policy)       # after the copies, which need no gradient
@@ -108,8 +101,9 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
             writer = ema.model if s.rejected == "ema" else policy
             return sample_pairs(s, world, rewrite_with, writer, examples, some_steps)
     else:
-        new_pairs_of = baseline_source(s, world, rewrite_with, examples, policy, frozen, optimizer)
-    pending = PendingPairs()            # {step: pairs} that were made and not yet used
+        new_pairs_of = pair_sources.baseline_source(
+            s, world, rewrite_with, examples, policy, frozen, optimizer)
+    pending = pair_sources.PendingPairs()       # {step: pairs} that were made and not yet used
 
     evaluate = Evaluation(s, world, loaded, policy, generating, rewrite_with)
     # Restores the newest checkpoint where there is one (run.step, weights, buffer and all else),
@@ -123,7 +117,7 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
         # Sampling stage. The EMA model is constant until its next refresh, so the pairs of all
         # steps until then are made at once, in larger batches.
         if step not in pending:         # this step and the next ones, two for --ema_every 2
-            some_steps = steps_to_sample(s, world, ema, step, total_steps)
+            some_steps = pair_sources.steps_to_sample(s, world, ema, step, total_steps)
             pending.update(new_pairs_of(some_steps))                                # lines 6 to 10
         new_pairs = pending.pop(step)
         kept = [pair for pair in new_pairs
@@ -163,11 +157,11 @@ def sample_pairs(s: Settings, world: World, rewrite_with, model, examples,
     """
     # The mini-batches of all steps in one list, rewritten in one go, then dealt out again.
     work = [(step, example) for step in some_steps
-            for example in minibatch(s, examples, step, world)]                     # line 6
+            for example in pair_sources.minibatch(s, examples, step, world)]        # line 6
     # A segment's place depends on its step and row, not on the number of processes.
-    rngs = [np.random.default_rng([REWRITE, s.seed, step, example.example_id])
-            for step, example in work]
-    generator = torch_generator(world, [REWRITE, s.seed, some_steps.start])
+    seed = [pair_sources.REWRITE, s.seed]
+    rngs = [np.random.default_rng([*seed, step, example.example_id]) for step, example in work]
+    generator = pair_sources.torch_generator(world, [*seed, some_steps.start])
     rewrites = rewrite_with(                                                        # lines 7 to 10
         model, [example for _, example in work], rngs, s.num_rejected, generator)
     pairs = {step: [] for step in some_steps}

@@ -278,6 +278,14 @@ def run_words(words: list[str], folder: Path) -> int:
     return status_of(forked(in_folder))
 
 
+def test_line_counts_of_the_reading_order():
+    """The table "Read it in this order" gives the length of each file as it is."""
+    rows = re.findall(r"^\| \[`(\w+\.py)`\]\(\1\) \| (\d+) \|", README.read_text("utf-8"), re.M)
+    assert len(rows) == 6
+    assert {name: len((REPOSITORY / name).read_text("utf-8").splitlines()) for name, _ in rows} == {
+        name: int(lines) for name, lines in rows}
+
+
 @pytest.mark.parametrize("page, block", SHELL_BLOCKS)
 def test_commands_run(page, block, checkout):
     """Every command of a page ends with status 0, on small data and for a few steps.
