@@ -5,20 +5,24 @@
 
 One model has two roles: as policy it answers x, as improver it answers (x, y, "improve it").
 Stage 1 teaches it the second role. Stage 2 is DPO with y- by the policy and y+ by the improver.
+The first command takes two minutes of one core and prints (every 50th loss is left out here):
+
+    start: exact match 0.524; of 500 pairs, y+ is better than y- in 0 and worse in 500
+    y~ kept: 2397 of 2500
+    after stage 1: exact match 0.450; of 500 pairs, y+ is better than y- in 36 and worse in 433
+    y+ is not better than y-: stage 2 has no signal; --anyway 1 goes on all the same
 
     point             given by the abstract     our choice
     two roles         one model                 y as the assistant's turn, then the turn IMPROVE
-    data of stage 1   made with the start,      y0: the start's answer to x. y~: y0 up to its first
-                      "referencing supervised   wrong line, that line as in the data's y*, the rest
-                      fine-tuning outputs"      by the start; or (--revise 1) y0 revised by the
-                                                start, which sees y*
+    data of stage 1   made with the start,      y0: the start's answer. y~: y0 up to its first wrong
+                      "referencing supervised   line, that as in the data's y*, rest by the start;
+                      fine-tuning outputs"      or (--revise 1) y0 revised by the start, shown y*
     which y~          "incremental yet          better than y0 and no farther from y0 than y* is, by
                       discernible"              edit distance; a right y0 is its own y~
     loss of stage 1   -                         -log p(y~|x, y0) - mu log p(y*|x), means per token
     pairs of stage 2  the policy's answer, and  both sampled at one temperature in every step,
                       that answer improved      scored under x alone; pairs with y+ = y- left out
     loss of stage 2   DPO                       reference: the model after stage 1
-    all else          -                         prompts, data, sizes, rates
 
 A row is a JSON line with the messages `prompt` and `chosen`, and `check` where there is one: a
 regular expression whose matches are the steps of an answer. Uses no support/, and one device.
@@ -45,8 +49,6 @@ from sapo import Pair, find_shortcuts, generate_segments, pair_logps  # noqa: E4
 IMPROVE = "Improve your answer."
 REVISE = ("Here is a better answer:\n\n{}\n\nMake your own answer slightly better. Use the better "
           "one only to see what to fix. Write your new answer and nothing else.")
-
-
 Row = namedtuple("Row", "messages answer check")    # x, the text of y*, a check or None
 
 
@@ -107,14 +109,13 @@ class Roles:
 
     def write(self, prompts: list[list[int]], greedy: bool = False):
         """A response to each prompt, and the answers that they are."""
-        temperature = 0 if greedy else self.args.temperature
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         size, responses = self.args.generate_batch, {}
         for batch in (order[first:first + size] for first in range(0, len(order), size)):
             written = generate_segments(
                 self.model, [prompts[i] for i in batch], self.args.max_new_tokens, top_k=0, top_p=1,
-                eos_token_id=self.tokenizer.eos_token_id, temperature=temperature,
-                generator=self.generator)
+                eos_token_id=self.tokenizer.eos_token_id,
+                temperature=0 if greedy else self.args.temperature, generator=self.generator)
             responses |= {i: response for i, (response,) in zip(batch, written, strict=True)}
         responses = [responses[i] for i in range(len(prompts))]
         return responses, self.tokenizer.batch_decode(responses, skip_special_tokens=True)
