@@ -451,6 +451,14 @@ def test_a_very_low_temperature_is_greedy():
         assert found == generate_segments(MODEL, prefixes, 9, eos_token_id=2, temperature=0)
 
 
+def test_make_pairs_worked_example(monkeypatch):
+    """y+ = [1, 2, 3, 4, 5], N_seg 2, start 1, B' = [8, 9]  ->  y- = [1, 8, 9, 4, 5], cut at 1, 3, 3."""
+    monkeypatch.setattr(sapo, "generate_segments", lambda *args, **options: [[[8, 9]]])
+    rng = types.SimpleNamespace(integers=lambda low, high: 1)
+    [pair] = sapo.make_pairs(MODEL, [([7], [1, 2, 3, 4, 5])], 2, rng, eos_token_id=0)
+    assert pair == Pair([7], [1, 2, 3, 4, 5], [1, 8, 9, 4, 5], 1, 3, 3)
+
+
 def test_top_p_1_is_no_filter(monkeypatch):
     """top_p 1 leaves every token its probability, also where fp32 sums reach 1 before the tail."""
     logits, seen = torch.tensor([[0.0, -30.0, -31.0]]), []
