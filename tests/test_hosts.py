@@ -452,7 +452,7 @@ def test_a_very_low_temperature_is_greedy():
 
 
 def test_make_pairs_worked_example(monkeypatch):
-    """y+ = [1, 2, 3, 4, 5], N_seg 2, start 1, B' = [8, 9]  ->  y- = [1, 8, 9, 4, 5], cut at 1, 3, 3."""
+    """The docstring's example: N_seg 2, start 1, B' = [8, 9] make y- = [1, 8, 9, 4, 5]."""
     monkeypatch.setattr(sapo, "generate_segments", lambda *args, **options: [[[8, 9]]])
     rng = types.SimpleNamespace(integers=lambda low, high: 1)
     [pair] = sapo.make_pairs(MODEL, [([7], [1, 2, 3, 4, 5])], 2, rng, eos_token_id=0)
