@@ -4,7 +4,7 @@ x is the prompt, y+ = A B C the chosen response and y- = A B' C the rejected one
 nothing is decoded and tokenized again. `model` is any causal LM of transformers ("talking to
 models" lists what is asked of another one).
 
-First reading, to the double line in the middle of this file. train.py has Algorithm 1.
+First reading, to the double line, a third into this file. train.py has Algorithm 1.
 
     Example, Pair       x and y+; x, y+ and y-
     make_pairs          lines 7 to 10   from a batch of examples to pairs
@@ -13,7 +13,7 @@ First reading, to the double line in the middle of this file. train.py has Algor
     splice              line 10         A B' C
     pair_logps          line 15         log-probabilities of y+ and y-, for the losses
 
-Skip refuse_..., as_ids, one_each, eos_ids_of and checked_...: they only check arguments.
+Skip refuse_model, as_ids, one_each, eos_ids_of and checked_...: they only check arguments.
 Second reading: how a KV cache is written (prefill, decode), how pairs are scored with less work
 (fast_pair_logps), and how to find out what a model can do (find_shortcuts, check_generation).
 
@@ -79,8 +79,9 @@ def choose_segment(response_len: int, segment_len: int,
         response_len 5, segment_len 3  ->  (0, 3), (1, 4) or (2, 5), a third each
         response_len 2, segment_len 3  ->  (0, 2)
     """
-    refuse_unless(response_len >= 1 and segment_len >= 1, "response_len and segment_len must be at "
-                  f"least 1, not {response_len} and {segment_len}")
+    if response_len < 1 or segment_len < 1:
+        raise ValueError("response_len and segment_len must be at least 1, "
+                         f"not {response_len} and {segment_len}")
     n = min(segment_len, response_len)
     start = int(rng.integers(0, response_len - n + 1))
     return start, start + n
@@ -129,10 +130,10 @@ def make_pairs(model, examples: Sequence[Example], segment_len: int,
     max_new_tokens: with segment_len 0, the most tokens of B'; with tail "rewrite", B' may go on
     until A B' has this many; not used otherwise. One number, or one per example.
     """
-    refuse_unless(tail in ("keep", "drop", "rewrite"),
-                  f"tail must be 'keep', 'drop' or 'rewrite', not {tail!r}")
-    refuse_unless(segment_eos in ("stop", "forbid"),
-                  f"segment_eos must be 'stop' or 'forbid', not {segment_eos!r}")
+    if tail not in ("keep", "drop", "rewrite"):
+        raise ValueError(f"tail must be 'keep', 'drop' or 'rewrite', not {tail!r}")
+    if segment_eos not in ("stop", "forbid"):
+        raise ValueError(f"segment_eos must be 'stop' or 'forbid', not {segment_eos!r}")
     examples = [checked_example(example) for example in examples]
     rngs = one_each(rng, examples, "rng")
     max_lens = one_each(max_new_tokens, examples, "max_new_tokens")
@@ -190,10 +191,13 @@ def generate_segments(model, prefixes: Sequence[Sequence[int]],
     limits = one_each(max_new_tokens, prefixes, "max_new_tokens")
     forbid = one_each(forbid_eos, prefixes, "forbid_eos")
     eos_ids = eos_ids_of(eos_token_id)
-    refuse_unless(all(prefixes), "a prefix needs at least one token")
-    refuse_unless(min(limits, default=0) >= 0, "max_new_tokens must not be negative")
-    refuse_unless(num_return >= 1, f"num_return must be at least 1, not {num_return}")
-    refuse_unless(temperature >= 0, f"temperature must be at least 0, not {temperature}")
+    if not all(prefixes):
+        raise ValueError("a prefix needs at least one token")
+    if num_return < 1 or not temperature >= 0:                          # NaN is not >= 0
+        raise ValueError("num_return must be at least 1 and temperature at least 0, "
+                         f"not {num_return} and {temperature}")
+    if min(limits, default=0) < 0:
+        raise ValueError(f"max_new_tokens must not be negative, but is {min(limits)}")
     if not prefixes or max(limits) == 0:
         return [[[] for _ in range(num_return)] for _ in prefixes]
 
@@ -202,10 +206,10 @@ def generate_segments(model, prefixes: Sequence[Sequence[int]],
 
     # prefill reads the prefixes into a KV cache, a slot (row) for each. decode gives every slot one
     # token per round: the model reads the slot's last token and its cache, `choose` draws the next.
-    # A slot is done at an end token, or at its limit.
+    # A slot is done at an end token, or at its limit. slots, for num_return 2: 0, 0, 1, 1, ...
     with eval_mode(model):
         cache = prefill(model, prefixes, max(limits))
-        slots = [i for i in range(len(prefixes)) for _ in range(num_return)]    # 2: 0, 0, 1, 1, ...
+        slots = [i for i in range(len(prefixes)) for _ in range(num_return)]
         if num_return > 1:
             cache.select_slots(slots)
         outputs = decode(
@@ -240,10 +244,11 @@ def pair_logps(model, pairs: Sequence[Pair], average: bool = False,
     """
     refuse_model(model, "pair_logps", "wrap PairScorer(model) instead, and call that; a call past "
                  "the wrapper leaves gradients unsynchronised")
-    refuse_unless(nll_on in ("response", "prompt"),
-                  f"nll_on must be 'response' or 'prompt', not {nll_on!r}")
-    refuse_unless(len(pairs) > 0, "there are no pairs to score")
+    if nll_on not in ("response", "prompt"):
+        raise ValueError(f"nll_on must be 'response' or 'prompt', not {nll_on!r}")
     pairs = [checked_pair(pair) for pair in pairs]
+    if not pairs:
+        raise ValueError("there are no pairs to score")
     if shortcuts is None or not any(shortcuts):
         return plain_pair_logps(model, pairs, average, skip_shared, nll_on)
     return fast_pair_logps(model, pairs, average, skip_shared, nll_on, shortcuts)
@@ -321,7 +326,8 @@ class KVCache:
 class CacheWriter:
     """What a transformers model takes for its cache during one forward pass.
 
-    Each layer calls `update` with new keys and values and attends to what `update` returns.
+    Each layer calls `update` with new keys and values and attends to what `update` returns. The two
+    subclasses say, in `write`, where new tensors go and what is returned.
     """
     is_compileable, is_initialized = False, True        # some models of transformers 5.0 ask
 
@@ -727,18 +733,13 @@ def checked_pair(pair: Pair) -> Pair:
     """The pair with Python integers for ids. Raises ValueError where it can't be scored."""
     prompt, chosen, rejected = (as_ids(getattr(pair, name), f"{name} of a pair")
                                 for name in ("prompt", "chosen", "rejected"))
-    refuse_unless(bool(prompt), "the prompt of a pair is empty: nothing predicts the first token")
-    refuse_unless(0 <= pair.start <= min(len(chosen), len(rejected)),
-                  f"start {pair.start} of a pair lies outside its responses")
-    refuse_unless(chosen[:pair.start] == rejected[:pair.start],
-                  f"chosen and rejected of a pair differ before start {pair.start}")
+    if not prompt:
+        raise ValueError("the prompt of a pair is empty: nothing predicts the first token")
+    if not 0 <= pair.start <= min(len(chosen), len(rejected)):
+        raise ValueError(f"start {pair.start} of a pair lies outside its responses")
+    if chosen[:pair.start] != rejected[:pair.start]:
+        raise ValueError(f"chosen and rejected of a pair differ before start {pair.start}")
     return pair._replace(prompt=prompt, chosen=chosen, rejected=rejected)
-
-
-def refuse_unless(fine: bool, message: str) -> None:
-    """Raise ValueError with this message unless all is fine."""
-    if not fine:
-        raise ValueError(message)
 
 
 def refuse_model(model, function: str, advice: str) -> None:

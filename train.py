@@ -92,9 +92,8 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
 
     generating = GeneratingModels(model, world)
 
-    def rewrite_with(model, examples, rngs, num_rejected, generator):
-        return rewrite(s, generating, loaded.eos_ids, model, examples, rngs, num_rejected,
-                       generator)
+    def rewrite_with(*arguments):
+        return rewrite(s, generating, loaded.eos_ids, *arguments)
 
     if s.generates and s.rejected in ("ema", "policy"):
         def new_pairs_of(some_steps: range) -> dict[int, list[Pair]]:
@@ -114,9 +113,9 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
 
     # ----------------------------------------------------------------------------- Algorithm 1
     for step in range(run.step + 1, total_steps + 1):                               # line 4
-        # Sampling stage. The EMA model is constant until its next refresh, so the pairs of all
-        # steps until then are made at once, in larger batches.
-        if step not in pending:         # this step and the next ones, two for --ema_every 2
+        # Sampling stage. The EMA model is constant until its next refresh, so the pairs of this and
+        # all steps until then (two, with --ema_every 2) are made at once, in larger batches.
+        if step not in pending:
             some_steps = pair_sources.steps_to_sample(s, world, ema, step, total_steps)
             pending.update(new_pairs_of(some_steps))                                # lines 6 to 10
         new_pairs = pending.pop(step)

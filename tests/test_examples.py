@@ -329,7 +329,7 @@ def test_the_trainers_checkpoints_hold_the_scorer_alone(tmp_path):
     host.args.save_strategy, host.args.save_steps = "steps", 4
     host.train()
     saved = load_file(tmp_path / "checkpoint-4/model.safetensors")
-    assert set(saved) <= {f"model.{name}" for name in policy.state_dict()}
+    assert saved and set(saved) <= {f"model.{name}" for name in policy.state_dict()}
     files = {file.name for file in (tmp_path / "checkpoint-4").iterdir()}
     assert not [name for name in files if "ema" in name or "buffer" in name]
     restored = ReplayBuffer(512)
