@@ -121,14 +121,17 @@ def make_pairs(model, examples: Sequence[Example], segment_len: int,
     Returns a list of Pair in the order of the examples. y- may lack an end token: when B holds that
     of y+ and B' has none. Raises ValueError on an empty response, and where generate_segments does.
 
-    Variants:
-    num_rejected: rewrites per example, all of the same segment.
-    segment_len 0: B is the whole response.
-    tail: "keep" makes y- = A B' C (Eq. 5); "drop" makes A B'; "rewrite" lets B reach to y+'s end.
-    segment_eos: "stop" ends y- at an end token in B'; "forbid" bans end tokens in B' where y+ goes
-    on after B.
-    max_new_tokens: with segment_len 0, the most tokens of B'; with tail "rewrite", B' may go on
-    until A B' has this many; not used otherwise. One number, or one per example.
+    Variants, with n for segment_len (or all of a shorter y+) and m for max_new_tokens:
+
+                          B                              B' has at most            y-
+        SAPO              n tokens, anywhere in y+       n tokens                  A B' C
+        tail "drop"       the same                       n                         A B'
+        tail "rewrite"    from there to the end of y+    m - len(A), at least n    A B'
+        segment_len 0     all of y+                      m                         B'
+
+    num_rejected: rewrites per example, all of the same segment. max_new_tokens: one number, or one
+    per example. segment_eos: "stop" ends y- at an end token in B'; "forbid" bans end tokens in B'
+    where y+ goes on after B.
     """
     if tail not in ("keep", "drop", "rewrite"):
         raise ValueError(f"tail must be 'keep', 'drop' or 'rewrite', not {tail!r}")
@@ -204,12 +207,12 @@ def generate_segments(model, prefixes: Sequence[Sequence[int]],
     def choose(logits: Tensor) -> Tensor:
         return sample_tokens(logits, temperature, top_k, top_p, generator)
 
-    # prefill reads the prefixes into a KV cache, a slot (row) for each. decode gives every slot one
-    # token per round: the model reads the slot's last token and its cache, `choose` draws the next.
-    # A slot is done at an end token, or at its limit. slots, for num_return 2: 0, 0, 1, 1, ...
+    # prefill reads the prefixes into a KV cache, which has a slot (row) for each. decode then goes
+    # round by round: in a round the model reads the last token of each slot, with its cache, and
+    # `choose` draws the next. A slot is done at an end token, or at its limit.
     with eval_mode(model):
         cache = prefill(model, prefixes, max(limits))
-        slots = [i for i in range(len(prefixes)) for _ in range(num_return)]
+        slots = [i for i in range(len(prefixes)) for _ in range(num_return)]    # 0, 0, 1, 1, ...
         if num_return > 1:
             cache.select_slots(slots)
         outputs = decode(
@@ -221,7 +224,13 @@ def generate_segments(model, prefixes: Sequence[Sequence[int]],
 # ------------------------------------------------------------- log-probabilities of both responses
 
 class PairLogps(NamedTuple):
-    """What the losses need of a batch of pairs: (pairs,) each, in at least fp32."""
+    """What the losses need of a batch of pairs: (pairs,) each, in at least fp32.
+
+                        over the tokens of      for DPO                     for ORPO
+        chosen_logps    y+ = A B C              sum (skip_shared: B C)      mean
+        rejected_logps  y- = A B' C             sum (skip_shared: B' C)     mean
+        chosen_nll      y+, or x and y+         (not used)                  minus the mean
+    """
     chosen_logps: Tensor
     rejected_logps: Tensor
     chosen_nll: Tensor

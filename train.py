@@ -46,7 +46,7 @@ from support import cli, pair_sources
 from support.errors import UserError
 from support.evaluate import Evaluation, new_tokens
 from support.generating import GeneratingModels, batches_by_length
-from support.loading import load, make_reference
+from support.loading import Loaded, load, make_reference
 from support.metrics import LossMetrics
 from support.models import checkpoint_layers
 from support.optim import make_optimizer, optimizer_step, schedule
@@ -68,57 +68,45 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
         ORPO or DPO    "orpo" or "dpo"   "data"       the data's author
         SFT            "sft"             (not used)   nobody
 
-    s.ref: DPO's reference, "ema" or "policy" (as it was some steps ago) or "fixed" (the start).
-    None without DPO, and in SPIN, whose reference is the policy of the round's start.
+    s.ref, DPO's reference: the EMA model ("ema") or the policy ("policy") as it was at the last
+    s.ref_every-th step, or the start model ("fixed"). None without DPO and in SPIN, whose reference
+    is the policy of the round's start.
     """
     loaded = load(s, world)
-    model, examples, total_steps = loaded.model, loaded.examples, loaded.steps
 
-    # On one device prepare and wrap return what they get, frozen_copy returns a deepcopy, and
+    # On one device prepare and wrap return what they are given, frozen_copy returns a deepcopy, and
     # scorer a PairScorer. On several they shard the model, or wrap the scorer in DDP.
-    policy = world.prepare(model)                                                   # line 1
+    policy = world.prepare(loaded.model)                                            # line 1
     buffer = ema = None
     if s.buffer_size:       # DRAW, REWRITE: numbers that keep uses of the seed apart
         buffer = ReplayBuffer(s.buffer_size // world.size,                          # line 2
                               seed=[pair_sources.DRAW, s.seed, world.rank])
     if s.needs_ema:
         ema = EMA(policy, s.ema_decay, s.ema_every,                                 # line 3
-                  model_copy=world.frozen_copy(model))
+                  model_copy=world.frozen_copy(loaded.model))
     frozen, reference_scorer = make_reference(s, world, loaded)     # frozen: DPO's reference
     if s.grad_checkpoint:
         checkpoint_layers(policy)       # after the copies, which need no gradient
     scorer = world.wrap(world.scorer(policy, loaded.shortcuts, s.compile))
     optimizer = make_optimizer(s, policy)
 
-    generating = GeneratingModels(model, world)
-
-    def rewrite_with(*arguments):
-        return rewrite(s, generating, loaded.eos_ids, *arguments)
-
+    rewriter = Rewriter(s, world, loaded)
     if s.generates and s.rejected in ("ema", "policy"):
-        def new_pairs_of(some_steps: range) -> dict[int, list[Pair]]:
-            writer = ema.model if s.rejected == "ema" else policy
-            return sample_pairs(s, world, rewrite_with, writer, examples, some_steps)
+        source = SegmentSource(s, world, loaded, rewriter, policy, ema)
     else:
-        new_pairs_of = pair_sources.baseline_source(
-            s, world, rewrite_with, examples, policy, frozen, optimizer)
-    pending = pair_sources.PendingPairs()       # {step: pairs} that were made and not yet used
+        source = pair_sources.baseline_source(s, world, loaded, rewriter, policy, frozen, optimizer)
 
-    evaluate = Evaluation(s, world, loaded, policy, generating, rewrite_with)
+    evaluate = Evaluation(s, world, loaded, policy, rewriter)
     # Restores the newest checkpoint where there is one (run.step, weights, buffer and all else),
     # and evaluates the start.
     run.open(loaded, evaluate,
              {"policy": policy, "optimizer": optimizer, "ema": ema, "frozen": frozen},
-             {"buffer": buffer, "pending": pending})
+             {"buffer": buffer, "pending": source})
 
     # ----------------------------------------------------------------------------- Algorithm 1
-    for step in range(run.step + 1, total_steps + 1):                               # line 4
-        # Sampling stage. The EMA model is constant until its next refresh, so the pairs of this and
-        # all steps until then (two, with --ema_every 2) are made at once, in larger batches.
-        if step not in pending:
-            some_steps = pair_sources.steps_to_sample(s, world, ema, step, total_steps)
-            pending.update(new_pairs_of(some_steps))                                # lines 6 to 10
-        new_pairs = pending.pop(step)
+    for step in range(run.step + 1, loaded.steps + 1):                              # line 4
+        # Sampling stage: `source` calls make_pairs, below.
+        new_pairs = source.pairs_of(step)                                           # lines 6 to 10
         kept = [pair for pair in new_pairs
                 if not (s.skip_identical and pair.chosen == pair.rejected)]
         if buffer is None:
@@ -130,7 +118,7 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
         run.lap("generate")
 
         # Training stage
-        lr, beta = schedule(s, step, total_steps)
+        lr, beta = schedule(s, step, loaded.steps)
         metrics, nonfinite_rows = backward(                                         # line 15
             s, world, scorer, reference_scorer, batch, beta)
         run.lap("score")
@@ -147,52 +135,72 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
 
 # --------------------------------------------------------------------- lines 6 to 10: new pairs
 
-def sample_pairs(s: Settings, world: World, rewrite_with, model, examples,
-                 some_steps: range) -> dict[int, list[Pair]]:
-    """Algorithm 1 lines 6 to 10 for several steps at once: {step: its pairs}.
+class SegmentSource(pair_sources.PairSource):
+    """Algorithm 1 lines 6 to 10, with the EMA model, or with the policy (--rejected policy)."""
 
-    model: the EMA model, or with --rejected policy the policy. A mini-batch is this process's
-    share of the next --batch_size rows; the rows are shuffled anew in every epoch.
+    def __init__(self, s: Settings, world: World, loaded: Loaded, rewriter: "Rewriter", policy,
+                 ema: EMA | None):
+        super().__init__()
+        self.s, self.world, self.examples, self.rewriter = s, world, loaded.examples, rewriter
+        self.ema, self.writer = ema, ema.model if s.rejected == "ema" else policy
+
+    def make(self, step: int) -> dict[int, list[Pair]]:
+        """{step: its pairs}, for this step and for those whose pairs can be made along with it.
+
+        The EMA model is constant until its next refresh, so the pairs of all steps until then are
+        made at once, in larger batches. A mini-batch is this process's share of the next
+        --batch_size rows; the rows are shuffled anew in every epoch.
+        """
+        s = self.s
+        steps = range(step, step + pair_sources.steps_at_once(s, self.world, self.ema))
+        # The mini-batches of all steps in one list, rewritten in one go, then dealt out again.
+        work = [(step, example) for step in steps for example in pair_sources.minibatch(    # line 6
+            s, self.examples, step, self.world)]
+        # A segment's place depends on its step and row, not on the number of processes.
+        seed = [pair_sources.REWRITE, s.seed]
+        rngs = [np.random.default_rng([*seed, step, example.example_id]) for step, example in work]
+        generator = pair_sources.torch_generator(self.world, [*seed, steps.start])
+        rewrites = self.rewriter(                                                   # lines 7 to 10
+            self.writer, [example for _, example in work], rngs, s.num_rejected, generator)
+        pairs = {step: [] for step in steps}
+        for (step, _), new_pairs in zip(work, rewrites, strict=True):
+            pairs[step] += [pair._replace(step=step) for pair in new_pairs]
+        return pairs
+
+
+class Rewriter:
+    """Algorithm 1 lines 7 to 10: a model rewrites a segment of each chosen response.
+
+    tokens_written: the tokens of B' so far.
     """
-    # The mini-batches of all steps in one list, rewritten in one go, then dealt out again.
-    work = [(step, example) for step in some_steps
-            for example in pair_sources.minibatch(s, examples, step, world)]        # line 6
-    # A segment's place depends on its step and row, not on the number of processes.
-    seed = [pair_sources.REWRITE, s.seed]
-    rngs = [np.random.default_rng([*seed, step, example.example_id]) for step, example in work]
-    generator = pair_sources.torch_generator(world, [*seed, some_steps.start])
-    rewrites = rewrite_with(                                                        # lines 7 to 10
-        model, [example for _, example in work], rngs, s.num_rejected, generator)
-    pairs = {step: [] for step in some_steps}
-    for (step, _), new_pairs in zip(work, rewrites, strict=True):
-        pairs[step] += [pair._replace(step=step) for pair in new_pairs]
-    return pairs
 
+    def __init__(self, s: Settings, world: World, loaded: Loaded):
+        self.s, self.eos_ids, self.tokens_written = s, loaded.eos_ids, 0
+        self.generating = GeneratingModels(loaded.model, world)
 
-def rewrite(s: Settings, generating: GeneratingModels, eos_ids: list[int], model, examples: list,
-            rngs: list[np.random.Generator], num_rejected: int,
-            generator: torch.Generator) -> list[list[Pair]]:
-    """Algorithm 1 lines 7 to 10: `model` rewrites a segment of each chosen response.
+    def __call__(self, model, examples: list, rngs: list[np.random.Generator], num_rejected: int,
+                 generator: torch.Generator) -> list[list[Pair]]:
+        """num_rejected pairs per example, in the order of the examples.
 
-    examples: rows of the data with prompt, chosen and example_id. rngs: one per example, to draw
-    where its segment lies. generator: draws the tokens. Returns num_rejected pairs per example, in
-    the order of the examples, which are rewritten in batches of like lengths.
-    """
-    pairs_of: dict[int, list[Pair]] = {}
-    lengths = [len(e.prompt) + len(e.chosen) for e in examples]
-    # full_model: all weights, also where `model` is sharded. decode_step: a faster one, or None.
-    with generating(model) as (full_model, decode_step):
-        for indices in batches_by_length(lengths, s.generate_batch // num_rejected):
-            few = [examples[i] for i in indices]
-            pairs = make_pairs(
-                full_model, [Example(e.prompt, e.chosen, e.example_id) for e in few],
-                s.segment_len, [rngs[i] for i in indices], eos_token_id=eos_ids,
-                num_rejected=num_rejected, tail=s.tail, segment_eos=s.segment_eos,
-                max_new_tokens=new_tokens(s, few), temperature=s.temperature, top_k=s.top_k,
-                top_p=s.top_p, generator=generator, decode_step=decode_step)
-            pairs_of |= zip(indices, batches(pairs, num_rejected), strict=True)
-            generating.tokens_written += sum(pair.rejected_stop - pair.start for pair in pairs)
-    return [pairs_of[i] for i in range(len(examples))]
+        model: the one that writes. examples: rows of the data with prompt, chosen and example_id.
+        rngs: one per example, to draw where its segment lies. generator: draws the tokens.
+        """
+        s = self.s
+        pairs_of: dict[int, list[Pair]] = {}
+        lengths = [len(e.prompt) + len(e.chosen) for e in examples]
+        # full_model: all weights, where `model` is sharded. decode_step: a faster one, or None.
+        with self.generating(model) as (full_model, decode_step):
+            for indices in batches_by_length(lengths, s.generate_batch // num_rejected):
+                few = [examples[i] for i in indices]
+                pairs = make_pairs(
+                    full_model, [Example(e.prompt, e.chosen, e.example_id) for e in few],
+                    s.segment_len, [rngs[i] for i in indices], eos_token_id=self.eos_ids,
+                    num_rejected=num_rejected, tail=s.tail, segment_eos=s.segment_eos,
+                    max_new_tokens=new_tokens(s, few), temperature=s.temperature, top_k=s.top_k,
+                    top_p=s.top_p, generator=generator, decode_step=decode_step)
+                pairs_of |= zip(indices, batches(pairs, num_rejected), strict=True)
+                self.tokens_written += sum(pair.rejected_stop - pair.start for pair in pairs)
+        return [pairs_of[i] for i in range(len(examples))]
 
 
 # ------------------------------------------------------------------------------ line 15: the loss
@@ -204,8 +212,9 @@ def backward(s: Settings, world: World, scorer, reference_scorer, pairs: list[Pa
     Returns the means of what is logged, and the rows whose loss is not finite.
     """
     metrics = LossMetrics(s)
-    # weight: processes / pairs of all processes. DDP averages over processes, so that the sum is
-    # the mean over all pairs. Weight 0: a call that only keeps this process in step with others.
+    # weight: 1 / pairs, so that the sum of the losses becomes their mean. With several processes,
+    # over whose gradients DDP averages, it is processes / pairs of them all. Weight 0 is for a call
+    # that only keeps this process in step with the others.
     for micro_batch, weight in world.micro_batches(scorer, pairs, s.micro_batch):
         with world.precision():
             losses, policy_logps, rewards = compute_loss(

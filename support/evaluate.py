@@ -1,6 +1,4 @@
 """Held-out rows: exact match by the data's own check, likelihood of the responses, preference."""
-from collections.abc import Callable
-
 import numpy as np
 import torch
 
@@ -20,13 +18,13 @@ class Evaluation:
     (data_...), whatever the method.
     """
 
-    def __init__(self, settings, world, loaded, start_model, generating, rewrite: Callable):
+    def __init__(self, settings, world, loaded, start_model, rewriter):
         """loaded: what loading.load gave. start_model: what training starts from.
 
-        generating: a GeneratingModels. rewrite(model, examples, rngs, num_rejected, generator): a
-        list of pairs per example.
+        rewriter: rewriter(model, examples, rngs, num_rejected, generator) gives a list of pairs per
+        example; rewriter.generating is a GeneratingModels.
         """
-        self.settings, self.world, self.generating = settings, world, generating
+        self.settings, self.world, self.rewriter = settings, world, rewriter
         self.tokenizer, self.eos_ids = loaded.tokenizer, loaded.eos_ids
         self.shortcuts = loaded.shortcuts
         self.examples = sorted(loaded.eval_examples[world.rank::world.size],
@@ -38,13 +36,13 @@ class Evaluation:
             generator = torch.Generator(world.device).manual_seed(world.rank)
             rngs = [np.random.default_rng([e.example_id]) for e in self.examples]
             with world.precision():
-                pairs = rewrite(start_model, self.examples, rngs, 1, generator)
+                pairs = rewriter(start_model, self.examples, rngs, 1, generator)
             self.pairs = [pair for pair, in pairs]
 
     @torch.no_grad()
     def __call__(self, model) -> dict[str, float]:
         """exact_match, nll, preference_..., data_... and chosen_logps, as far as the rows allow."""
-        with self.world.precision(), self.generating(model) as (full_model, decode_step):
+        with self.world.precision(), self.rewriter.generating(model) as (full_model, decode_step):
             scored = self._score(full_model, self.pairs)
             columns = (scored if self.column_pairs is self.pairs
                        else self._score(full_model, self.column_pairs))

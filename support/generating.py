@@ -21,7 +21,6 @@ class GeneratingModels:
     def __init__(self, model: nn.Module, world):
         """model: any with the shapes of the models to come. Rotary frequencies stay in fp32."""
         self.copy = None
-        self.tokens_written = 0         # of pairs, counted by whoever makes these
         self.can_record = world.device.type == "cpu"        # there Python is what is slow
         self.decode_steps: dict[int, tuple[nn.Module, Callable | None]] = {}
         if world.sharded or world.dtype == "bf16":

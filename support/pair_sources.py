@@ -1,6 +1,6 @@
-"""Where pairs come from besides SAPO's own rewriting, and which steps' pairs are made at once.
+"""Where pairs come from: what all sources share, and the sources of the baselines.
 
-A source of pairs is a function from a range of steps to {step: this process's pairs}.
+SAPO's own source is SegmentSource in train.py.
 """
 from collections.abc import Callable
 
@@ -15,19 +15,41 @@ from support.tokenize_rows import Examples, TokenizedExample
 ORDER, REWRITE, ANSWER, DRAW = 1, 2, 3, 4   # random streams: no two uses share their numbers
 
 
-def steps_to_sample(s: Settings, world, ema, step: int, steps: int) -> range:
-    """The steps whose pairs are made in one batch with those of `step`.
+class PairSource:
+    """This process's new pairs of each step. Subclasses say in `make` where pairs come from.
 
-    The EMA model is constant until its next refresh, so later steps' segments can be generated now,
-    as far as --generate_batch has room. SPIN makes the pairs of a whole round.
+    pending: {step: pairs} that were made along with an earlier step's and not used yet. They are
+    its state in a checkpoint, as plain tuples.
     """
-    if s.generates and s.rejected == "spin":
-        return range(step, spin_round(s, step, steps)[1].stop)
-    if not s.generates or s.rejected != "ema":
-        return range(step, step + 1)
+
+    def __init__(self):
+        self.pending: dict[int, list[Pair]] = {}
+
+    def make(self, step: int) -> dict[int, list[Pair]]:
+        """{step: its pairs}, for this step and for any later ones."""
+        raise NotImplementedError
+
+    def pairs_of(self, step: int) -> list[Pair]:
+        """The pairs of a step; steps are asked for one after the other, each once."""
+        if step not in self.pending:
+            self.pending |= self.make(step)
+        return self.pending.pop(step)
+
+    def state_dict(self) -> dict:
+        return {step: [tuple(pair) for pair in pairs] for step, pairs in self.pending.items()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.pending = {step: [Pair(*fields) for fields in pairs] for step, pairs in state.items()}
+
+
+def steps_at_once(s: Settings, world, ema) -> int:
+    """How many steps' segments are generated in one go: those until the EMA model's refresh (two,
+    with --ema_every 2), as far as --generate_batch has room."""
+    if s.rejected == "policy":
+        return 1
     room = s.generate_batch // (s.batch_size // world.size * s.num_rejected)
     # Also beyond the last step, for a run that is extended later.
-    return range(step, step + min(ema.steps_until_refresh(), max(1, room)))
+    return min(ema.steps_until_refresh(), max(1, room))
 
 
 def minibatch(s: Settings, examples: Examples, step: int, world) -> list[TokenizedExample]:
@@ -48,33 +70,35 @@ def example_order(s: Settings, count: int, steps: range) -> list[int]:
     return [int(epochs[place // count][place % count]) for place in places]
 
 
-class ColumnSource:
+class ColumnSource(PairSource):
     """--rejected data: the rejected response is the row's own. --loss sft: there is none."""
 
-    def __init__(self, s: Settings, world, examples: Examples):
-        self.s, self.world, self.examples = s, world, examples
+    def __init__(self, s: Settings, world, loaded):
+        super().__init__()
+        self.s, self.world, self.examples = s, world, loaded.examples
 
-    def __call__(self, steps: range) -> dict[int, list[Pair]]:
+    def make(self, step: int) -> dict[int, list[Pair]]:
         make = sft_pair if self.s.loss == "sft" else column_pair
         return {step: [make(example)._replace(step=step)
-                       for example in minibatch(self.s, self.examples, step, self.world)]
-                for step in steps}
+                       for example in minibatch(self.s, self.examples, step, self.world)]}
 
 
-class SpinSource:
+class SpinSource(PairSource):
     """SPIN: at the start of each round the policy is frozen and answers all prompts of the round.
 
     The frozen policy is the reference, too, and the optimizer starts afresh.
     """
 
-    def __init__(self, s: Settings, world, examples: Examples, policy, frozen, optimizer,
-                 rewrite: Callable):
-        """rewrite(model, examples, rngs, num_rejected, generator): a list of pairs per example."""
-        self.s, self.world, self.examples, self.rewrite = s, world, examples, rewrite
+    def __init__(self, s: Settings, world, loaded, rewriter: Callable, policy, frozen, optimizer):
+        """rewriter(model, examples, rngs, num_rejected, generator): a list of pairs per example."""
+        super().__init__()
+        self.s, self.world, self.rewriter = s, world, rewriter
+        self.examples, self.total_steps = loaded.examples, loaded.steps
         self.policy, self.frozen, self.optimizer = policy, frozen, optimizer
 
-    def __call__(self, steps: range) -> dict[int, list[Pair]]:
-        s = self.s
+    def make(self, step: int) -> dict[int, list[Pair]]:
+        """The pairs of a whole round."""
+        s, steps = self.s, range(step, spin_round(self.s, step, self.total_steps)[1].stop)
         self.frozen.load_state_dict(self.policy.state_dict())
         self.optimizer.state.clear()
         # One process answers a prompt, once, for all processes and all epochs of the round.
@@ -82,7 +106,7 @@ class SpinSource:
         share = [self.examples[i] for i in used[self.world.rank::self.world.size]]
         rngs = [np.random.default_rng([ANSWER, s.seed, steps.start, e.example_id]) for e in share]
         generator = torch_generator(self.world, [ANSWER, s.seed, steps.start])
-        pairs = self.rewrite(self.frozen, share, rngs, s.num_rejected, generator)
+        pairs = self.rewriter(self.frozen, share, rngs, s.num_rejected, generator)
         answers = {few[0].example_id: few for part in self.world.gather(pairs) for few in part}
         return {step: [pair._replace(step=step)
                        for example in minibatch(s, self.examples, step, self.world)
@@ -90,23 +114,12 @@ class SpinSource:
                 for step in steps}
 
 
-class PendingPairs(dict):
-    """{step: pairs} that were made and not yet used. A part of the checkpoint, as plain tuples."""
-
-    def state_dict(self) -> dict:
-        return {step: [tuple(pair) for pair in pairs] for step, pairs in self.items()}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.clear()
-        self.update({step: [Pair(*fields) for fields in pairs] for step, pairs in state.items()})
-
-
-def baseline_source(s: Settings, world, rewrite: Callable, examples: Examples, policy, frozen,
-                    optimizer) -> Callable[[range], dict[int, list[Pair]]]:
+def baseline_source(s: Settings, world, loaded, rewriter: Callable, policy, frozen,
+                    optimizer) -> PairSource:
     """The source of pairs of a method whose y- is not a rewritten segment."""
     if s.generates:
-        return SpinSource(s, world, examples, policy, frozen, optimizer, rewrite)
-    return ColumnSource(s, world, examples)
+        return SpinSource(s, world, loaded, rewriter, policy, frozen, optimizer)
+    return ColumnSource(s, world, loaded)
 
 
 def torch_generator(world, seed: list[int]) -> torch.Generator:

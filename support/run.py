@@ -118,7 +118,7 @@ class Run:
                 self.checkpoint, world, replicated_state, per_rank_state,
                 check=lambda progress: compare_fingerprints(progress["fingerprints"], fingerprints))
         self.totals = Totals(self.clock, self.progress.get("totals"))
-        self.tokens_before = evaluate.generating.tokens_written     # of the held-out pairs
+        self.tokens_before = evaluate.rewriter.tokens_written     # of the held-out pairs
         if s.resume:
             world.say(world.run_on_rank0(
                 lambda: rewind_run(s, self.step, steps, self.changed)))
@@ -200,7 +200,7 @@ class Run:
         """Add a step to the run's totals. A pair's x and A count as scored once."""
         identical, pairs = statistics.get("identical", (0, 0))
         worse, checked = statistics.get("worse", (0, 0))
-        written = self.evaluate.generating.tokens_written
+        written = self.evaluate.rewriter.tokens_written
         self.totals.add(self.world, {
             "generated_tokens": written - self.tokens_before,
             "scored_tokens": sum(len(pair.prompt) + len(pair.chosen) + len(pair.rejected)

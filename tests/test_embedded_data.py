@@ -3,6 +3,7 @@ import importlib.util
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,6 @@ from transformers import AutoModelForCausalLM
 import train
 from sapo import choose_segment
 from support.checks import matches_check
-from support.generating import GeneratingModels
 from support.models import end_token_ids, load_model
 from support.parallel import World
 from support.report import pair_statistics
@@ -181,8 +181,8 @@ def test_demo_has_something_to_learn_from():
     eos_ids = end_token_ids(model, tokenizer, row_tokenizer.turn_end)
     few = [examples[i] for i in range(0, len(examples), 2)]
     rngs = [np.random.default_rng([example.example_id]) for example in few]
-    pairs = train.rewrite(settings, GeneratingModels(model, world), eos_ids, model, few, rngs, 1,
-                          torch.Generator().manual_seed(0))
+    rewriter = train.Rewriter(settings, world, SimpleNamespace(model=model, eos_ids=eos_ids))
+    pairs = rewriter(model, few, rngs, 1, torch.Generator().manual_seed(0))
     sums = pair_statistics([pair for pair, in pairs], examples, tokenizer, eos_ids)
     shares = {name: total / count for name, (total, count) in sums.items()}
     assert shares["identical"] < 0.6 and shares["worse"] > 0.5

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import sys
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -37,6 +36,7 @@ from support import cli
 from support.models import checkpoint_layers
 from support.optim import learning_rate
 from support.pair_sources import column_pair, minibatch, sft_pair
+from support.parallel import World
 from support.tokenize_rows import TokenizedExample
 from test_sapo import random_ids, some_pairs, tiny
 
@@ -171,15 +171,11 @@ def test_segments_do_not_depend_on_the_batch():
     examples = [TokenizedExample(random_ids(rng, n), random_ids(rng, n + 9), None, n, None, "")
                 for n in (9, 3, 14, 5, 7)]
 
-    @contextmanager
-    def generating(model):
-        yield model, None
-    generating.tokens_written = 0
-
     def pairs(examples, size):
+        rewriter = train.Rewriter(dataclasses.replace(s, generate_batch=size), World(1),
+                                  SimpleNamespace(model=model, eos_ids=[2]))
         rngs = [np.random.default_rng([example.example_id]) for example in examples]
-        return train.rewrite(dataclasses.replace(s, generate_batch=size), generating, [2], model,
-                             examples, rngs, 2, None)
+        return rewriter(model, examples, rngs, 2, None)
 
     together, one_by_one = pairs(examples, 64), pairs(examples[::-1], 1)
     assert [[pair.example_id for pair in few] for few in together] == [
@@ -278,7 +274,7 @@ def test_spin_answers_no_more_than_it_trains_on(tiny_run, tmp_path, monkeypatch)
     each once."""
     answered, learned = [], []
     record_calls(monkeypatch, answered, (
-        train, "rewrite", lambda s, generating, eos_ids, model, examples, *rest: [
+        train.Rewriter, "__call__", lambda rewriter, model, examples, *rest: [
             e.example_id for e in examples]))
     record_calls(monkeypatch, learned, (
         train, "backward", lambda s, world, scorer, reference, pairs, beta: {
@@ -398,19 +394,19 @@ def test_compile_changes_nothing(tiny_run, tmp_path):
 
 def make_identical(monkeypatch, steps: tuple, ranks: tuple = (0, 1)) -> None:
     """Let B' equal B, at these steps, in all pairs that belong to these of two processes."""
-    sample = train.sample_pairs
+    sample = train.SegmentSource.make
 
-    def sample_pairs(s, world, rewrite, model, examples, group):
-        pairs = sample(s, world, rewrite, model, examples, group)
-        for step in set(group) & set(steps):
-            shares = [minibatch(s, examples, step, SimpleNamespace(rank=rank, size=2))
-                      for rank in ranks]
+    def make(source, step):
+        pairs = sample(source, step)
+        for step in set(pairs) & set(steps):
+            shares = [minibatch(source.s, source.examples, step,
+                                SimpleNamespace(rank=rank, size=2)) for rank in ranks]
             ids = {example.example_id for share in shares for example in share}
             pairs[step] = [pair._replace(rejected=pair.chosen) if pair.example_id in ids else pair
                            for pair in pairs[step]]
         return pairs
 
-    monkeypatch.setattr(train, "sample_pairs", sample_pairs)
+    monkeypatch.setattr(train.SegmentSource, "make", make)
 
 
 @pytest.mark.parametrize("loss", ["orpo", pytest.param("dpo", marks=pytest.mark.slow)])

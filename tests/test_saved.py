@@ -280,14 +280,14 @@ def test_totals_by_hand():
 def test_the_sums_of_a_run(flags, tiny_run, tmp_path, monkeypatch):
     """Tokens are those of the pairs that were made and used, counted here pair by pair; SPIN's
     answers count once per round. The seconds of a part are the sum over the steps."""
-    made, used, rewrite, backward = [], [], train.rewrite, train.backward
+    made, used, rewrite, backward = [], [], train.Rewriter.__call__, train.backward
 
     def noted(*arguments):
         pairs = rewrite(*arguments)
         made.append([pair for few in pairs for pair in few])
         return pairs
 
-    monkeypatch.setattr(train, "rewrite", noted)
+    monkeypatch.setattr(train.Rewriter, "__call__", noted)
     monkeypatch.setattr(train, "backward", lambda s, world, scorer, reference, pairs, beta: (
         used.extend(pairs), backward(s, world, scorer, reference, pairs, beta))[1])
     records, summary = run(tiny_run, tmp_path, f"{flags} --eval_every 2 --save_every 2")
