@@ -68,9 +68,12 @@ class Table(NamedTuple):
 
 # ----------------------------------------------------------------------------------------- methods
 
-SFT_TRIED = [{"lr": lr} for lr in (3e-5, 1e-4, 3e-4, 1e-3, 2e-3, 3e-3)]
-DPO_TRIED = [{"lr": lr, "beta": beta} for lr in (3e-5, 1e-4, 3e-4) for beta in (0.1, 0.5)]
-ORPO_TRIED = [{"lr": lr, "lam": lam} for lr in (1e-4, 3e-4, 1e-3) for lam in (0.05, 0.5)]
+# Four learning rates with the one beta or lam, the middle two with the other one as well.
+SFT_TRIED = [{"lr": lr} for lr in (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)]
+DPO_TRIED = [{"lr": lr, "beta": beta} for lr, beta in (
+    (1e-5, 0.5), (3e-5, 0.1), (3e-5, 0.5), (1e-4, 0.1), (1e-4, 0.5), (3e-4, 0.5))]
+ORPO_TRIED = [{"lr": lr, "lam": lam} for lr, lam in (
+    (1e-5, 0.05), (3e-5, 0.05), (3e-5, 0.5), (1e-4, 0.05), (1e-4, 0.5), (3e-4, 0.05))]
 
 # The paper refreshes DPO's reference every 108 of about 470 steps.
 EMA_REF = {"ref": "ema", "ref_every": Share(1 / 4)}
@@ -108,12 +111,9 @@ def as_tuned(*names: str) -> list[Row]:
 
 # ------------------------------------------------------------------------------------------ tables
 
-# For a few rows, the learning rates reach lower, and a run may also be short: SFT on few rows
-# gets worse again after some steps.
-FEW_ROWS_TRIED = {
-    "sft": [{"lr": lr} for lr in (3e-5, 1e-4, 3e-4)],
-    "sapo-dpo": [{"lr": lr} for lr in (3e-5, 1e-4, 3e-4)],
-    "sapo-orpo": [{"lr": lr} for lr in (3e-5, 1e-4, 3e-4)]}
+# With a few rows a run may also be short: SFT on few rows gets worse again after some steps.
+FEW_ROWS_TRIED = {name: [{"lr": lr} for lr in (1e-5, 3e-5, 1e-4)]
+                  for name in ("sft", "sapo-dpo", "sapo-orpo")}
 FEW_ROWS_STEPS = [{"steps": Share(1 / 4)}, {"steps": Share(1)}]
 FEW_ROWS = (8, 16, 48, 128, 512)
 

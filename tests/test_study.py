@@ -113,14 +113,14 @@ def test_rows_get_the_settings_that_did_best():
     """A row's runs have the best tuned settings of its method, and {loss} is the better loss."""
     def score(run: Run) -> float:
         flags = dict(run.flags)
-        wanted = {"orpo": ("lr", 1e-3), "dpo": ("beta", 0.5)}.get(flags["loss"], ("lr", 5e-3))
+        wanted = {"orpo": ("lr", 3e-5), "dpo": ("beta", 0.5)}.get(flags["loss"], ("lr", 5e-3))
         return 0.5 + 0.1 * (flags[wanted[0]] == wanted[1]) + 0.1 * (flags["loss"] == "orpo")
     table = TABLES["tail"]
     row = table.rows[1]
     found = plan.plan_row(table, row, all_done({"tail": table}, score))
     flags = dict(found.runs[0].flags)
     assert found.method == "sapo-orpo"
-    assert (flags["loss"], flags["lr"], flags["tail"]) == ("orpo", 1e-3, "drop")
+    assert (flags["loss"], flags["lr"], flags["tail"]) == ("orpo", 3e-5, "drop")
 
 
 def test_a_runs_name_says_what_its_method_does_not():
@@ -128,8 +128,8 @@ def test_a_runs_name_says_what_its_method_does_not():
     the method has; tuning runs say so."""
     found = plan.plan_row(TABLES["reference"], TABLES["reference"].rows[1],
                           all_done({"reference": TABLES["reference"]}))
-    assert found.runs[0].name == "habits sapo-dpo ref_every=6 lr=3e-05 beta=0.1 seed=0"
-    assert found.tuning[0].name == "habits sapo-dpo tune lr=3e-05 beta=0.1 seed=100"
+    assert found.runs[0].name == "habits sapo-dpo ref_every=6 lr=1e-05 beta=0.5 seed=0"
+    assert found.tuning[0].name == "habits sapo-dpo tune lr=1e-05 beta=0.5 seed=100"
 
 
 # ------------------------------------------------------------------------------- identity, skipping
