@@ -20,9 +20,7 @@ class ReplayBuffer:
         capacity 2, add "a", "b", "c"     ->  holds "b", "c"
         counts [0, 3], weights 1 and 1/4  ->  the first is drawn with probability 0.8
 
-    .items and .counts are lists, oldest first. For reports alone: .evicted counts the dropped
-    items, .evicted_unused those of them that were never drawn. .drawn_counts: how often each item
-    of the last sample had been drawn before.
+    .items and .counts are lists, oldest first.
     """
 
     def __init__(self, capacity: int, seed: int | list[int] = 0):
@@ -31,6 +29,8 @@ class ReplayBuffer:
         self.capacity = capacity
         self.rng = np.random.default_rng(seed)
         self.items, self.counts = [], []
+        # For reports alone: the dropped items, those of them that were never drawn, and how often
+        # each item of the last sample had been drawn before.
         self.evicted = self.evicted_unused = 0
         self.drawn_counts = []
 
@@ -49,9 +49,9 @@ class ReplayBuffer:
     def sample(self, k: int) -> list:
         """Draw k distinct items, one after the other, and count their use.
 
-        Each has probability proportional to 1 / (1 + count) among those that are left. Adds 1 to
-        the counts of what was drawn. Raises ValueError when k is negative or larger than the number
-        of items.
+        Each has probability proportional to 1 / (1 + count) among those that are left, as numpy's
+        choice draws them. Adds 1 to the counts of what was drawn. Raises ValueError when k is
+        negative or larger than the number of items.
         """
         if not 0 <= k <= len(self):
             raise ValueError(f"cannot draw {k} of {len(self)} items")

@@ -3,7 +3,7 @@
     ema = EMA(policy, decay=0.5, update_every=2)
     ...
     optimizer.step()
-    ema.update(policy)          # once per OPTIMIZER step; the copy moves at every second call
+    ema.update(policy)          # once per optimizer step; the copy moves at every second call
     generate_segments(ema.model, ...)
 
 The average is taken in the weights' own dtype. Keep them in fp32: in bf16 the step, (1 - decay)
@@ -61,7 +61,7 @@ class EMA:
             model_copy = copy.deepcopy(model, memo={id(tensor): tensor for tensor in shared})
         self.averaged = [name for name, p in model.named_parameters()
                          if p.requires_grad or not trainable_only]
-        # (Shared parameters require no gradient in the policy either.)
+        # Of parameters that are shared, the policy's require no gradient either.
         self.model = model_copy.eval().requires_grad_(False)
         self.trainable_only = trainable_only
 
@@ -103,12 +103,13 @@ class EMA:
 
 
 def copy_would_share(forward) -> bool:
-    """Would a deep copy of a module run this `forward`, taken from the module, as it is?
+    """Would a deep copy of a module that has this `forward` of its own still run the module?
 
-    None: the module has no forward of its own, and runs that of its class. deepcopy copies a bound
-    method together with the module, also inside a functools.partial; of accelerate's partial of a
-    plain function it copies the arguments, the module among them. It never copies a function, which
-    goes on calling the model that its closure holds.
+        None: no forward of its own         no, the copy runs that of its class
+        a bound method, or a partial of it  no, deepcopy copies the module it is bound to as well
+        a function                          yes, it goes on calling the model that it was made for
+        a partial of a function             if that has a closure; accelerate's gets the module as
+                                            an argument instead, which deepcopy copies
     """
     if isinstance(forward, functools.partial):
         return isinstance(forward.func, types.FunctionType) and bool(forward.func.__closure__)

@@ -79,8 +79,8 @@ def orpo_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, chosen
     losses = chosen_nll - lam * log sigmoid(log_odds(chosen) - log_odds(rejected))
 
     policy_*_logps: (pairs,) mean log-probabilities per token, <= 0. chosen_nll: (pairs,) the
-    supervised term, the mean negative log-likelihood of y+, or of x and y+. lam: weight of the odds
-    ratio term.
+    supervised term, the mean negative log-likelihood of y+ (the authors' code counts x, too). lam:
+    weight of the odds ratio term.
     Returns (losses, chosen_rewards, rejected_rewards), (pairs,) each, in at least fp32. The rewards
     are for logging: lam * logps, detached. Losses and gradients are finite for every finite logp,
     0 included. Raises ValueError when the shapes differ.
@@ -95,7 +95,7 @@ def orpo_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, chosen
 
 def log_odds(logps: Tensor) -> Tensor:
     """Eq. 2 in logs: log(p / (1 - p)) from log p <= 0. expm1 keeps 1 - p exact for p near 1."""
-    logps = logps.clamp(max=-1e-12)         # p = 1 has infinite odds: stop short, with gradient 0
+    logps = logps.clamp(max=-1e-12)     # p = 1 has infinite odds: stop at e^27.6, with gradient 0
     return logps - torch.log(-torch.expm1(logps))
 
 

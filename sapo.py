@@ -4,16 +4,17 @@ x is the prompt, y+ = A B C the chosen response and y- = A B' C the rejected one
 nothing is decoded and tokenized again. `model` is any causal LM of transformers ("talking to
 models" lists what is asked of another one).
 
-First reading, to the double line, a third into this file. train.py has Algorithm 1.
+First reading, to the double line, a third into this file:
 
-    Example, Pair       x and y+; x, y+ and y-
-    make_pairs          lines 7 to 10   from a batch of examples to pairs
+                        of Algorithm 1 (train.py)
+    Example, Pair                       x and y+; x, y+ and y-
     choose_segment      line 8          where B lies in y+
-    generate_segments   line 9          the EMA model writes B' after x and A
     splice              line 10         A B' C
+    make_pairs          lines 7 to 10   from a batch of examples to pairs
+    generate_segments   line 9          the EMA model writes B' after x and A
     pair_logps          line 15         log-probabilities of y+ and y-, for the losses
 
-Skip refuse_model, as_ids, one_each, eos_ids_of and checked_...: they only check arguments.
+Functions under "checking arguments" refuse bad ones and bring the others into one form; skip them.
 Second reading: how a KV cache is written (prefill, decode), how pairs are scored with less work
 (fast_pair_logps), and how to find out what a model can do (find_shortcuts, check_generation).
 
@@ -55,7 +56,8 @@ class Pair(NamedTuple):
         chosen    y+ = A | B  | C       cut at start and stop
         rejected  y- = A | B' | C       cut at start and rejected_stop; C may be missing here
 
-    start: scoring uses it. stop, rejected_stop: for reports alone; None: the response ends there.
+    start: the length of A, which both responses begin with; 0 is right for any pair. stop and
+    rejected_stop are for reports alone; None: the response ends there.
     example_id: its place in the data. step: the optimizer step that made the pair.
     """
     prompt: list[int]
@@ -118,51 +120,66 @@ def make_pairs(model, examples: Sequence[Example], segment_len: int,
     segment_len: B has this many tokens (N_seg), or all where y+ is shorter; B' at most as many.
     rng: draws where the segments lie (one generator, or one per example).
     sampling: temperature, top_k, top_p, generator and decode_step of generate_segments.
-    Returns a list of Pair in the order of the examples. y- may lack an end token: when B holds that
-    of y+ and B' has none. Raises ValueError on an empty response, and where generate_segments does.
+    Returns a list of Pair in the order of the examples. If B is the end of y+ and B' has no end
+    token, y- has none. Raises ValueError on an empty response, and where generate_segments does.
 
-    Variants, with n for segment_len (or all of a shorter y+) and m for max_new_tokens:
-
-                          B                              B' has at most            y-
-        SAPO              n tokens, anywhere in y+       n tokens                  A B' C
-        tail "drop"       the same                       n                         A B'
-        tail "rewrite"    from there to the end of y+    m - len(A), at least n    A B'
-        segment_len 0     all of y+                      m                         B'
-
-    num_rejected: rewrites per example, all of the same segment. max_new_tokens: one number, or one
-    per example. segment_eos: "stop" ends y- at an end token in B'; "forbid" bans end tokens in B'
-    where y+ goes on after B.
+    Variants:
+    num_rejected: rewrites per example, all of the same segment.
+    segment_len 0, tail, max_new_tokens (one, or one per example): see plan_segment.
+    segment_eos: "stop" ends y- at an end token in B'; "forbid" bans end tokens in B' where y+ goes
+    on after B.
     """
-    if tail not in ("keep", "drop", "rewrite"):
-        raise ValueError(f"tail must be 'keep', 'drop' or 'rewrite', not {tail!r}")
     if segment_eos not in ("stop", "forbid"):
         raise ValueError(f"segment_eos must be 'stop' or 'forbid', not {segment_eos!r}")
     examples = [checked_example(example) for example in examples]
     rngs = one_each(rng, examples, "rng")
     max_lens = one_each(max_new_tokens, examples, "max_new_tokens")
 
-    spans, limits, prefixes, forbid_eos = [], [], [], []        # one entry per example
-    for (prompt, chosen, _), example_rng, max_len in zip(examples, rngs, max_lens, strict=True):
-        start, stop = choose_segment(len(chosen), segment_len or len(chosen), example_rng)  # line 8
-        limit = stop - start if segment_len else max_len        # the most tokens of B'
-        if tail == "rewrite":
-            stop, limit = len(chosen), max(limit, max_len - start)
-        spans.append((start, stop))
-        limits.append(limit)
-        prefixes.append([*prompt, *chosen[:start]])                     # x A
-        forbid_eos.append(segment_eos == "forbid" and stop < len(chosen))
-    segments = generate_segments(                                                       # line 9
-        model, prefixes, limits, eos_token_id=eos_token_id, num_return=num_rejected,
-        forbid_eos=forbid_eos, **sampling)
+    plans = [plan_segment(len(example.chosen), segment_len, example_rng, tail, max_len)     # line 8
+             for example, example_rng, max_len in zip(examples, rngs, max_lens, strict=True)]
+    segments = generate_segments(                                                           # line 9
+        model, [[*example.prompt, *example.chosen[:plan.start]]                 # x A
+                for example, plan in zip(examples, plans, strict=True)],
+        [plan.limit for plan in plans], eos_token_id=eos_token_id, num_return=num_rejected,
+        forbid_eos=[segment_eos == "forbid" and plan.stop < len(example.chosen)
+                    for example, plan in zip(examples, plans, strict=True)], **sampling)
     pairs = []
-    for example, (start, stop), rewrites in zip(examples, spans, segments, strict=True):
-        prompt, chosen, example_id = example
-        spliced_into = chosen[:stop] if tail == "drop" else chosen      # "drop": no C
+    for (prompt, chosen, example_id), (start, stop, _), rewrites in zip(
+            examples, plans, segments, strict=True):
+        response = chosen if tail == "keep" else chosen[:stop]      # without C
         for segment in rewrites:
-            rejected = splice(spliced_into, start, stop, segment, eos_token_id)         # line 10
+            rejected = splice(response, start, stop, segment, eos_token_id)             # line 10
             pairs.append(Pair(prompt, chosen, rejected, start, stop,
                               rejected_stop=start + len(segment), example_id=example_id))
     return pairs
+
+
+class SegmentPlan(NamedTuple):
+    """B is response[start:stop]; B' has at most `limit` tokens."""
+    start: int
+    stop: int
+    limit: int
+
+
+def plan_segment(response_len: int, segment_len: int, rng: np.random.Generator, tail: str = "keep",
+                 max_new_tokens: int = 256) -> SegmentPlan:
+    """Algorithm 1 line 8: choose_segment, and its variants.
+
+                            B                              B' has at most             y-
+        SAPO                n tokens, anywhere in y+       n tokens                   A B' C
+        tail "drop"         the same                       n                          A B'
+        tail "rewrite"      from there to the end of y+    m - len(A), at least n     A B'
+        segment_len 0       all of y+                      m                          B'
+
+    n: segment_len, or all of a shorter y+. m: max_new_tokens. Raises ValueError for another tail.
+    """
+    if tail not in ("keep", "drop", "rewrite"):
+        raise ValueError(f"tail must be 'keep', 'drop' or 'rewrite', not {tail!r}")
+    start, stop = choose_segment(response_len, segment_len or response_len, rng)
+    limit = stop - start if segment_len else max_new_tokens
+    if tail == "rewrite":
+        stop, limit = response_len, max(limit, max_new_tokens - start)
+    return SegmentPlan(start, stop, limit)
 
 
 @torch.no_grad()
@@ -181,7 +198,7 @@ def generate_segments(model, prefixes: Sequence[Sequence[int]],
     (0: all), then top_p, in that order. generator: draws the tokens.
     Returns num_return token lists for each prefix; an end token is kept, as the last one.
 
-    num_return: continuations per prefix, which is read once for all of them.
+    num_return: continuations per prefix; the model reads the prefix once for all of them.
     forbid_eos: one bool, or one per prefix: no end token is produced there.
     decode_step: a faster replacement for plain_decode_step(model), which is the default.
     During the call, a model in training mode is in eval mode (no dropout). Raises ValueError for an
@@ -190,17 +207,9 @@ def generate_segments(model, prefixes: Sequence[Sequence[int]],
     whether the model can work with the cache: check_generation does.
     """
     refuse_model(model, "generate_segments", "pass the model inside the wrapper")
-    prefixes = [as_ids(prefix, "a prefix") for prefix in prefixes]
-    limits = one_each(max_new_tokens, prefixes, "max_new_tokens")
-    forbid = one_each(forbid_eos, prefixes, "forbid_eos")
+    prefixes, limits, forbid = checked_prefixes(prefixes, max_new_tokens, forbid_eos)
+    refuse_sampling(num_return, temperature, top_k)
     eos_ids = eos_ids_of(eos_token_id)
-    if not all(prefixes):
-        raise ValueError("a prefix needs at least one token")
-    if num_return < 1 or not temperature >= 0:                          # NaN is not >= 0
-        raise ValueError("num_return must be at least 1 and temperature at least 0, "
-                         f"not {num_return} and {temperature}")
-    if min(limits, default=0) < 0:
-        raise ValueError(f"max_new_tokens must not be negative, but is {min(limits)}")
     if not prefixes or max(limits) == 0:
         return [[[] for _ in range(num_return)] for _ in prefixes]
 
@@ -226,10 +235,10 @@ def generate_segments(model, prefixes: Sequence[Sequence[int]],
 class PairLogps(NamedTuple):
     """What the losses need of a batch of pairs: (pairs,) each, in at least fp32.
 
-                        over the tokens of      for DPO                     for ORPO
-        chosen_logps    y+ = A B C              sum (skip_shared: B C)      mean
-        rejected_logps  y- = A B' C             sum (skip_shared: B' C)     mean
-        chosen_nll      y+, or x and y+         (not used)                  minus the mean
+        chosen_logps      y+: the sum over its tokens (DPO), or their mean (average=True, ORPO)
+        rejected_logps    y-: the same
+        chosen_nll        y+: minus the mean, the supervised term of ORPO; with nll_on="prompt" the
+                          mean is over x and y+
     """
     chosen_logps: Tensor
     rejected_logps: Tensor
@@ -241,11 +250,10 @@ def pair_logps(model, pairs: Sequence[Pair], average: bool = False,
                nll_on: str = "response") -> PairLogps:
     """Log-probabilities of both responses of each pair: (chosen_logps, rejected_logps, chosen_nll).
 
-    average: the mean over the response's tokens (for ORPO) instead of their sum (for DPO).
-    skip_shared: leave A out of all three, for DPO alone: A cancels in the difference of the sums,
-    so DPO's loss, its gradient and the margin of its rewards stay as they are.
-    nll_on: what chosen_nll, the mean negative log-likelihood, counts: the "response" (y+), or the
-    "prompt", too (x and y+, with A in any case).
+    average, nll_on ("response" or "prompt"): see PairLogps.
+    skip_shared: for DPO alone, leave A out: A cancels in the difference of the sums, so DPO's loss,
+    its gradient and the margin of its rewards stay as they are. (chosen_nll leaves A out as well,
+    unless nll_on is "prompt".)
     shortcuts: what find_shortcuts(model) found (second reading); None is plain, and right for every
     causal LM.
     Raises ValueError for an empty list, an empty prompt, values that are not token ids, a pair
@@ -275,7 +283,6 @@ def plain_pair_logps(model, pairs: Sequence[Pair], average: bool, skip_shared: b
     return PairLogps(
         sequence_logps(chosen_logits, labels_from(chosen, score_from, device), average),
         sequence_logps(rejected_logits, labels_from(rejected, score_from, device), average),
-        # A mean always; for ORPO with nll_on="response", -chosen_logps once more.
         -sequence_logps(chosen_logits, labels_from(chosen, nll_from, device), average=True))
 
 
@@ -292,8 +299,8 @@ def labels_from(sequences: list[list[int]], score_from: list[int], device: torch
 
     -100 stands for the tokens before, and for the padding: sequence_logps ignores it.
     """
-    labels = [[-100] * start + sequence[start:]
-              for sequence, start in zip(sequences, score_from, strict=True)]
+    labels = [[-100] * column + sequence[column:]
+              for sequence, column in zip(sequences, score_from, strict=True)]
     return torch.tensor(pad(labels, -100), device=device)
 
 
@@ -730,6 +737,24 @@ def as_ids(ids: Sequence[int], name: str) -> list[int]:
         return [operator.index(token) for token in ids]
     except TypeError:
         raise ValueError(f"{name} must hold token ids, not {str(ids)[:40]!r}") from None
+
+
+def checked_prefixes(prefixes, max_new_tokens, forbid_eos) -> tuple[list, list, list]:
+    """The arguments of generate_segments that go by prefix, as lists with one entry per prefix."""
+    prefixes = [as_ids(prefix, "a prefix") for prefix in prefixes]
+    limits = one_each(max_new_tokens, prefixes, "max_new_tokens")
+    if not all(prefixes):
+        raise ValueError("a prefix needs at least one token")
+    if min(limits, default=0) < 0:
+        raise ValueError(f"max_new_tokens must not be negative, but is {min(limits)}")
+    return prefixes, limits, one_each(forbid_eos, prefixes, "forbid_eos")
+
+
+def refuse_sampling(num_return: int, temperature: float, top_k: int) -> None:
+    """Raise ValueError for numbers that nothing can be sampled with."""
+    if num_return < 1 or not temperature >= 0 or top_k < 0:             # NaN is not >= 0
+        raise ValueError("num_return must be at least 1, temperature and top_k at least 0, "
+                         f"not {num_return}, {temperature} and {top_k}")
 
 
 def checked_example(example: Sequence) -> Example:

@@ -21,11 +21,11 @@ This file is Algorithm 1 of the paper, and the comments carry its line numbers:
     17            EMA model <- decay * EMA model + (1 - decay) * policy                [3]
 
 (Lines without content are left out.) This code departs from the printed algorithm in three places.
-[1] The paper writes "A and B": B would give the model the text that it has to replace. [2] Where B'
-holds an end token, the response ends there and C is dropped. [3] The EMA model changes every
---ema_every steps only, as Section 5.1 says. It is constant until then, so the pairs of these steps
-are made in one batch. For choices that the paper leaves open see the README's table "Paper,
-authors' code, this code".
+[1] The paper writes "A and B": B would give the model the text that it has to replace.
+[2] Where B' holds an end token, the response ends there and C is dropped.
+[3] The EMA model changes every --ema_every steps only, as Section 5.1 says. It is constant until
+    then, so the pairs of these steps are made in one batch.
+For choices that the paper leaves open see the README's table "Paper, authors' code, this code".
 
 The baselines (ORPO, DPO, SFT, SPIN, on-policy) are settings of the same loop. support/ has what is
 not the method: loading, checkpoints, reports, several processes.
@@ -61,30 +61,30 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
 
     The settings that choose the method:
 
-                       s.loss            s.rejected   y- is written by
-        SAPO           "orpo" or "dpo"   "ema"        the EMA model
-        on-policy      "orpo" or "dpo"   "policy"     the policy
-        SPIN           "orpo" or "dpo"   "spin"       the policy of the round's start
-        ORPO or DPO    "orpo" or "dpo"   "data"       the data's author
-        SFT            "sft"             (not used)   nobody
+                     s.loss            s.rejected   y- is written by    DPO's reference
+        SAPO         "orpo" or "dpo"   "ema"        the EMA model       by s.ref
+        on-policy    "orpo" or "dpo"   "policy"     the policy          by s.ref
+        SPIN         "orpo" or "dpo"   "spin"       the policy as it was when the round began: both
+        ORPO, DPO    "orpo" or "dpo"   "data"       the data's author   by s.ref
+        SFT          "sft"             (not used)   nobody              (none)
 
-    s.ref, DPO's reference: the EMA model ("ema") or the policy ("policy") as it was at the last
-    s.ref_every-th step, or the start model ("fixed"). None without DPO and in SPIN, whose reference
-    is the policy of the round's start.
+    s.ref: "ema" or "policy", as that model was after the last step that s.ref_every divides; or
+    "fixed", the model that training starts from.
     """
-    loaded = load(s, world)
+    loaded = load(s, world)         # .model, .examples, .steps (how many to take) and more
 
-    # On one device prepare and wrap return what they are given, frozen_copy returns a deepcopy, and
-    # scorer a PairScorer. On several they shard the model, or wrap the scorer in DDP.
+    # What `world` does on one device; on several it shards models, or wraps the scorer in DDP:
+    #     prepare, wrap: nothing    frozen_copy: deepcopy    scorer: PairScorer(policy)
     policy = world.prepare(loaded.model)                                            # line 1
     buffer = ema = None
-    if s.buffer_size:       # DRAW, REWRITE: numbers that keep uses of the seed apart
+    if s.buffer_size:
         buffer = ReplayBuffer(s.buffer_size // world.size,                          # line 2
                               seed=[pair_sources.DRAW, s.seed, world.rank])
-    if s.needs_ema:
+    if s.needs_ema:         # s.rejected or s.ref is "ema"
         ema = EMA(policy, s.ema_decay, s.ema_every,                                 # line 3
                   model_copy=world.frozen_copy(loaded.model))
-    frozen, reference_scorer = make_reference(s, world, loaded)     # frozen: DPO's reference
+    # frozen: the model behind DPO's reference, which in SPIN also writes y-.
+    frozen, reference_scorer = make_reference(s, world, loaded)
     if s.grad_checkpoint:
         checkpoint_layers(policy)       # after the copies, which need no gradient
     scorer = world.wrap(world.scorer(policy, loaded.shortcuts, s.compile))
@@ -92,7 +92,8 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
 
     rewriter = Rewriter(s, world, loaded)
     if s.generates and s.rejected in ("ema", "policy"):
-        source = SegmentSource(s, world, loaded, rewriter, policy, ema)
+        writer = ema.model if s.rejected == "ema" else policy
+        source = SegmentSource(s, world, loaded, rewriter, writer, ema)
     else:
         source = pair_sources.baseline_source(s, world, loaded, rewriter, policy, frozen, optimizer)
 
@@ -100,19 +101,18 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
     # Restores the newest checkpoint where there is one (run.step, weights, buffer and all else),
     # and evaluates the start.
     run.open(loaded, evaluate,
-             {"policy": policy, "optimizer": optimizer, "ema": ema, "frozen": frozen},
-             {"buffer": buffer, "pending": source})
+             replicated_state={"policy": policy, "optimizer": optimizer, "ema": ema,
+                               "frozen": frozen},
+             per_rank_state={"buffer": buffer, "pending": source})
 
     # ----------------------------------------------------------------------------- Algorithm 1
     for step in range(run.step + 1, loaded.steps + 1):                              # line 4
-        # Sampling stage: `source` calls make_pairs, below.
-        new_pairs = source.pairs_of(step)                                           # lines 6 to 10
-        kept = [pair for pair in new_pairs
-                if not (s.skip_identical and pair.chosen == pair.rejected)]
-        if buffer is None:
-            batch = kept
-        else:
-            for pair in kept:
+        # Sampling stage. pairs_of calls SegmentSource.make, below, if this step has no pairs yet.
+        new_pairs = batch = source.pairs_of(step)                                   # lines 6 to 10
+        if s.skip_identical:
+            batch = [pair for pair in new_pairs if pair.chosen != pair.rejected]
+        if buffer is not None:
+            for pair in batch:
                 buffer.add(pair)                                                    # line 11
             batch = buffer.sample(min(s.batch_size // world.size, len(buffer)))     # line 14
         run.lap("generate")
@@ -122,12 +122,13 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
         metrics, nonfinite_rows = backward(                                         # line 15
             s, world, scorer, reference_scorer, batch, beta)
         run.lap("score")
-        # Clips the gradient, steps, and clears it. False: a loss or the gradient was not finite.
+        # Clips the gradient, steps, and clears it. False: a loss or the gradient is not finite.
         took_step = optimizer_step(s, world, policy, optimizer, lr, metrics)        # line 16
         if took_step and ema is not None:
             ema.update(policy)                                                      # line 17
         if s.ref in ("policy", "ema") and step % s.ref_every == 0:      # DPO's reference
-            frozen.load_state_dict((ema.model if s.ref == "ema" else policy).state_dict())
+            followed = ema.model if s.ref == "ema" else policy
+            frozen.load_state_dict(followed.state_dict())
         run.lap("update")
         run.after_step(step, metrics, took_step, nonfinite_rows, new_pairs, batch)
     run.close(policy)
@@ -136,36 +137,39 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
 # --------------------------------------------------------------------- lines 6 to 10: new pairs
 
 class SegmentSource(pair_sources.PairSource):
-    """Algorithm 1 lines 6 to 10, with the EMA model, or with the policy (--rejected policy)."""
+    """Algorithm 1 lines 6 to 10. `writer` writes B': the EMA model, or with --rejected policy that.
 
-    def __init__(self, s: Settings, world: World, loaded: Loaded, rewriter: "Rewriter", policy,
+    pairs_of(step), which the loop calls, hands out what `make` made.
+    """
+
+    def __init__(self, s: Settings, world: World, loaded: Loaded, rewriter: "Rewriter", writer,
                  ema: EMA | None):
         super().__init__()
-        self.s, self.world, self.examples, self.rewriter = s, world, loaded.examples, rewriter
-        self.ema, self.writer = ema, ema.model if s.rejected == "ema" else policy
+        self.s, self.world, self.examples = s, world, loaded.examples
+        self.rewriter, self.writer, self.ema = rewriter, writer, ema
 
-    def make(self, step: int) -> dict[int, list[Pair]]:
+    def make(self, first_step: int) -> dict[int, list[Pair]]:
         """{step: its pairs}, for this step and for those whose pairs can be made along with it.
 
         The EMA model is constant until its next refresh, so the pairs of all steps until then are
         made at once, in larger batches. A mini-batch is this process's share of the next
         --batch_size rows; the rows are shuffled anew in every epoch.
         """
-        s = self.s
-        steps = range(step, step + pair_sources.steps_at_once(s, self.world, self.ema))
+        s, world = self.s, self.world
+        steps = range(first_step, first_step + pair_sources.steps_at_once(s, world, self.ema))
         # The mini-batches of all steps in one list, rewritten in one go, then dealt out again.
-        work = [(step, example) for step in steps for example in pair_sources.minibatch(    # line 6
-            s, self.examples, step, self.world)]
+        work = [(step, example) for step in steps
+                for example in pair_sources.minibatch(s, self.examples, step, world)]   # line 6
         # A segment's place depends on its step and row, not on the number of processes.
-        seed = [pair_sources.REWRITE, s.seed]
-        rngs = [np.random.default_rng([*seed, step, example.example_id]) for step, example in work]
-        generator = pair_sources.torch_generator(self.world, [*seed, steps.start])
+        rngs = [np.random.default_rng([pair_sources.REWRITE, s.seed, step, example.example_id])
+                for step, example in work]
+        generator = pair_sources.torch_generator(world, [pair_sources.REWRITE, s.seed, first_step])
         rewrites = self.rewriter(                                                   # lines 7 to 10
             self.writer, [example for _, example in work], rngs, s.num_rejected, generator)
-        pairs = {step: [] for step in steps}
+        pairs_of = {step: [] for step in steps}
         for (step, _), new_pairs in zip(work, rewrites, strict=True):
-            pairs[step] += [pair._replace(step=step) for pair in new_pairs]
-        return pairs
+            pairs_of[step] += [pair._replace(step=step) for pair in new_pairs]
+        return pairs_of
 
 
 class Rewriter:
@@ -186,7 +190,7 @@ class Rewriter:
         rngs: one per example, to draw where its segment lies. generator: draws the tokens.
         """
         s = self.s
-        pairs_of: dict[int, list[Pair]] = {}
+        by_place: dict[int, list[Pair]] = {}        # place in `examples` -> its pairs
         lengths = [len(e.prompt) + len(e.chosen) for e in examples]
         # full_model: all weights, where `model` is sharded. decode_step: a faster one, or None.
         with self.generating(model) as (full_model, decode_step):
@@ -198,9 +202,9 @@ class Rewriter:
                     num_rejected=num_rejected, tail=s.tail, segment_eos=s.segment_eos,
                     max_new_tokens=new_tokens(s, few), temperature=s.temperature, top_k=s.top_k,
                     top_p=s.top_p, generator=generator, decode_step=decode_step)
-                pairs_of |= zip(indices, batches(pairs, num_rejected), strict=True)
+                by_place |= zip(indices, batches(pairs, num_rejected), strict=True)
                 self.tokens_written += sum(pair.rejected_stop - pair.start for pair in pairs)
-        return [pairs_of[i] for i in range(len(examples))]
+        return [by_place[i] for i in range(len(examples))]
 
 
 # ------------------------------------------------------------------------------ line 15: the loss
@@ -212,9 +216,8 @@ def backward(s: Settings, world: World, scorer, reference_scorer, pairs: list[Pa
     Returns the means of what is logged, and the rows whose loss is not finite.
     """
     metrics = LossMetrics(s)
-    # weight: 1 / pairs, so that the sum of the losses becomes their mean. With several processes,
-    # over whose gradients DDP averages, it is processes / pairs of them all. Weight 0 is for a call
-    # that only keeps this process in step with the others.
+    # weight = processes / pairs of all processes: DDP then averages the gradients over processes.
+    # Weight 0: a call that only keeps this process in step with the others.
     for micro_batch, weight in world.micro_batches(scorer, pairs, s.micro_batch):
         with world.precision():
             losses, policy_logps, rewards = compute_loss(
