@@ -390,6 +390,7 @@ def resolve(s: Settings, explicit: set[str]) -> Settings:
             raise UserError(f"{flag} makes no sense with {why}")
 
     spin = s.rejected == "spin" and s.loss != "sft"
+    refuse("skip_identical", s.loss == "sft", "--loss sft, which has no rejected responses")
     refuse("rejected", s.loss == "sft" and s.rejected != "data",
            "--loss sft, which trains on chosen responses alone")
     refuse("buffer_size", s.loss == "sft", "--loss sft, which has no pairs to store")

@@ -37,6 +37,7 @@ def settings_of(flags: str) -> Settings:
     ("--save_ema --rejected policy", "no EMA model"),
     ("--tail drop --segment_len 0", "tail drop makes no sense with --segment_len 0"),
     ("--tail rewrite --rejected spin", "tail rewrite makes no sense with --segment_len 0"),
+    ("--skip_identical --loss sft", "skip_identical makes no sense with --loss sft"),
     ("--tail drop --loss sft", "tail drop makes no sense with --loss sft"),
     ("--tail rewrite --rejected data", "generate nothing"),
     ("--tail rewrite --segment_eos forbid", "B' reaches to the end of the response"),
