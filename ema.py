@@ -48,10 +48,7 @@ class EMA:
             raise ValueError(f"update_every must be at least 1, not {update_every}")
         if hasattr(model, "module"):
             raise ValueError(f"EMA takes the model inside {type(model).__name__}, not the wrapper")
-        for name, module in model.named_modules():
-            if copy_would_share(vars(module).get("forward")):
-                raise ValueError(f"the forward of {name or 'the model'} was replaced by a function,"
-                                 " which a copy would share; make the EMA model before that")
+        refuse_replaced_forward(model)
         self.decay, self.update_every, self.steps = decay, update_every, 0
         if model_copy is None:
             shared = []
@@ -61,7 +58,7 @@ class EMA:
             model_copy = copy.deepcopy(model, memo={id(tensor): tensor for tensor in shared})
         self.averaged = [name for name, p in model.named_parameters()
                          if p.requires_grad or not trainable_only]
-        # Of parameters that are shared, the policy's require no gradient either.
+        # Parameters that are shared require no gradient already: nothing of the policy changes.
         self.model = model_copy.eval().requires_grad_(False)
         self.trainable_only = trainable_only
 
@@ -79,7 +76,7 @@ class EMA:
             torch._foreach_lerp_([ours[name] for name in self.averaged],
                                  [theirs[name] for name in self.averaged], 1 - self.decay)
         for our_buffer, their_buffer in zip(self.model.buffers(), model.buffers(), strict=True):
-            if our_buffer is not their_buffer:
+            if our_buffer is not their_buffer:      # they are one and the same where shared
                 our_buffer.copy_(their_buffer)
         return True
 
@@ -100,6 +97,14 @@ class EMA:
             raise RuntimeError("the state does not hold the weights that this EMA model averages")
         self.model.load_state_dict(state["model"], strict=not self.trainable_only)
         self.steps = state["steps"]
+
+
+def refuse_replaced_forward(model: nn.Module) -> None:
+    """Raise ValueError where a copy of the model would still run the model."""
+    for name, module in model.named_modules():
+        if copy_would_share(vars(module).get("forward")):
+            raise ValueError(f"the forward of {name or 'the model'} was replaced by a function,"
+                             " which a copy would share; make the EMA model before that")
 
 
 def copy_would_share(forward) -> bool:

@@ -6,13 +6,13 @@ models" lists what is asked of another one).
 
 First reading, to the double line, a third into this file:
 
-                        of Algorithm 1 (train.py)
-    Example, Pair                       x and y+; x, y+ and y-
-    choose_segment      line 8          where B lies in y+
-    splice              line 10         A B' C
-    make_pairs          lines 7 to 10   from a batch of examples to pairs
-    generate_segments   line 9          the EMA model writes B' after x and A
-    pair_logps          line 15         log-probabilities of y+ and y-, for the losses
+                        line of Algorithm 1 (see the header of train.py)
+    Example, Pair       -               x and y+; x, y+ and y-
+    choose_segment      8               where B lies in y+; plan_segment has the variants
+    splice              10              A B' C
+    make_pairs          7 to 10         from a batch of examples to pairs
+    generate_segments   9               the EMA model writes B' after x and A
+    pair_logps          15              log-probabilities of y+ and y-, for the losses
 
 Functions under "checking arguments" refuse bad ones and bring the others into one form; skip them.
 Second reading: how a KV cache is written (prefill, decode), how pairs are scored with less work
@@ -41,9 +41,9 @@ except ImportError:
 
 
 class Example(NamedTuple):
-    """A prompt and its chosen response as token ids, the end token included if there is one.
+    """A prompt and its chosen response as token ids. The response ends with its end token.
 
-    example_id: its place in the data.
+    (One that was cut has none.) example_id: its place in the data.
     """
     prompt: list[int]
     chosen: list[int]
@@ -56,8 +56,8 @@ class Pair(NamedTuple):
         chosen    y+ = A | B  | C       cut at start and stop
         rejected  y- = A | B' | C       cut at start and rejected_stop; C may be missing here
 
-    start: the length of A, which both responses begin with; 0 is right for any pair. stop and
-    rejected_stop are for reports alone; None: the response ends there.
+    start: how many first tokens the responses are known to share; 0 is right, too, and costs time.
+    stop, rejected_stop: where B and B' end, for reports alone; None: with the response.
     example_id: its place in the data. step: the optimizer step that made the pair.
     """
     prompt: list[int]
@@ -89,6 +89,35 @@ def choose_segment(response_len: int, segment_len: int,
     return start, start + n
 
 
+class SegmentPlan(NamedTuple):
+    """B is response[start:stop]; B' has at most `limit` tokens."""
+    start: int
+    stop: int
+    limit: int
+
+
+def plan_segment(response_len: int, segment_len: int, rng: np.random.Generator, tail: str = "keep",
+                 max_new_tokens: int = 256) -> SegmentPlan:
+    """choose_segment and its variants, with n for segment_len (or all of a shorter y+) and m for
+    max_new_tokens:
+
+                            B                              B' has at most             y-
+        SAPO                n tokens, anywhere in y+       n tokens                   A B' C
+        tail "drop"         the same                       n                          A B'
+        tail "rewrite"      from there to the end of y+    m - len(A), at least n     A B'
+        segment_len 0       all of y+                      m                          B'
+
+    Raises ValueError for another tail.
+    """
+    if tail not in ("keep", "drop", "rewrite"):
+        raise ValueError(f"tail must be 'keep', 'drop' or 'rewrite', not {tail!r}")
+    start, stop = choose_segment(response_len, segment_len or response_len, rng)
+    limit = stop - start if segment_len else max_new_tokens
+    if tail == "rewrite":
+        stop, limit = response_len, max(limit, max_new_tokens - start)
+    return SegmentPlan(start, stop, limit)
+
+
 def splice(response: Sequence[int], start: int, stop: int, segment: Sequence[int],
            eos_token_id: int | Sequence[int] | None) -> list[int]:
     """y- = A B' C (Eq. 5): put `segment` (B') in the place of response[start:stop] (B).
@@ -117,11 +146,12 @@ def make_pairs(model, examples: Sequence[Example], segment_len: int,
         ->  rejected [1, 8, 9, 4, 5], start 1, stop 3, rejected_stop 3
 
     examples: (prompt, chosen[, example_id]) tuples of token ids.
-    segment_len: B has this many tokens (N_seg), or all where y+ is shorter; B' at most as many.
+    segment_len: B has this many tokens (N_seg), or all of a shorter y+; B' has at most as many.
     rng: draws where the segments lie (one generator, or one per example).
     sampling: temperature, top_k, top_p, generator and decode_step of generate_segments.
-    Returns a list of Pair in the order of the examples. If B is the end of y+ and B' has no end
-    token, y- has none. Raises ValueError on an empty response, and where generate_segments does.
+    Returns a list of Pair in the order of the examples. y- lacks an end token when B reaches the
+    end of y+ and B' has none. Raises ValueError on an empty response, and where generate_segments
+    does.
 
     Variants:
     num_rejected: rewrites per example, all of the same segment.
@@ -137,49 +167,22 @@ def make_pairs(model, examples: Sequence[Example], segment_len: int,
 
     plans = [plan_segment(len(example.chosen), segment_len, example_rng, tail, max_len)     # line 8
              for example, example_rng, max_len in zip(examples, rngs, max_lens, strict=True)]
+    prefixes = [[*example.prompt, *example.chosen[:plan.start]]                             # x A
+                for example, plan in zip(examples, plans, strict=True)]
+    forbid_eos = [segment_eos == "forbid" and plan.stop < len(example.chosen)
+                  for example, plan in zip(examples, plans, strict=True)]
     segments = generate_segments(                                                           # line 9
-        model, [[*example.prompt, *example.chosen[:plan.start]]                 # x A
-                for example, plan in zip(examples, plans, strict=True)],
-        [plan.limit for plan in plans], eos_token_id=eos_token_id, num_return=num_rejected,
-        forbid_eos=[segment_eos == "forbid" and plan.stop < len(example.chosen)
-                    for example, plan in zip(examples, plans, strict=True)], **sampling)
+        model, prefixes, [plan.limit for plan in plans], eos_token_id=eos_token_id,
+        num_return=num_rejected, forbid_eos=forbid_eos, **sampling)
     pairs = []
-    for (prompt, chosen, example_id), (start, stop, _), rewrites in zip(
-            examples, plans, segments, strict=True):
-        response = chosen if tail == "keep" else chosen[:stop]      # without C
+    for example, plan, rewrites in zip(examples, plans, segments, strict=True):
+        prompt, chosen, example_id = example
+        kept = chosen[:plan.stop] if tail == "drop" else chosen             # "drop": without C
         for segment in rewrites:
-            rejected = splice(response, start, stop, segment, eos_token_id)             # line 10
-            pairs.append(Pair(prompt, chosen, rejected, start, stop,
-                              rejected_stop=start + len(segment), example_id=example_id))
+            rejected = splice(kept, plan.start, plan.stop, segment, eos_token_id)          # line 10
+            pairs.append(Pair(prompt, chosen, rejected, plan.start, plan.stop,
+                              rejected_stop=plan.start + len(segment), example_id=example_id))
     return pairs
-
-
-class SegmentPlan(NamedTuple):
-    """B is response[start:stop]; B' has at most `limit` tokens."""
-    start: int
-    stop: int
-    limit: int
-
-
-def plan_segment(response_len: int, segment_len: int, rng: np.random.Generator, tail: str = "keep",
-                 max_new_tokens: int = 256) -> SegmentPlan:
-    """Algorithm 1 line 8: choose_segment, and its variants.
-
-                            B                              B' has at most             y-
-        SAPO                n tokens, anywhere in y+       n tokens                   A B' C
-        tail "drop"         the same                       n                          A B'
-        tail "rewrite"      from there to the end of y+    m - len(A), at least n     A B'
-        segment_len 0       all of y+                      m                          B'
-
-    n: segment_len, or all of a shorter y+. m: max_new_tokens. Raises ValueError for another tail.
-    """
-    if tail not in ("keep", "drop", "rewrite"):
-        raise ValueError(f"tail must be 'keep', 'drop' or 'rewrite', not {tail!r}")
-    start, stop = choose_segment(response_len, segment_len or response_len, rng)
-    limit = stop - start if segment_len else max_new_tokens
-    if tail == "rewrite":
-        stop, limit = response_len, max(limit, max_new_tokens - start)
-    return SegmentPlan(start, stop, limit)
 
 
 @torch.no_grad()
@@ -192,6 +195,10 @@ def generate_segments(model, prefixes: Sequence[Sequence[int]],
                       decode_step: Callable | None = None) -> list[list[list[int]]]:
     """Continue each prefix (Algorithm 1 line 9); samples as model.generate(do_sample=True) does.
 
+    `prefill` reads the prefixes into a KV cache, which has a slot (row) for each. `decode` then
+    goes round by round: in a round the model reads the last token of each slot, with its cache, and
+    the next token is drawn. A slot is done at an end token, or at its limit.
+
     prefixes: token ids, of any lengths but not empty. max_new_tokens: one, or one per prefix.
     eos_token_id: an id, several, or None.
     temperature 0 is greedy, as model.generate(do_sample=False). Otherwise temperature, then top_k
@@ -201,10 +208,10 @@ def generate_segments(model, prefixes: Sequence[Sequence[int]],
     num_return: continuations per prefix; the model reads the prefix once for all of them.
     forbid_eos: one bool, or one per prefix: no end token is produced there.
     decode_step: a faster replacement for plain_decode_step(model), which is the default.
-    During the call, a model in training mode is in eval mode (no dropout). Raises ValueError for an
-    empty prefix, for values that are not token ids, for lists of unequal length, and for a model
-    that is wrapped or not causal; FloatingPointError where logits are not finite. It does not ask
-    whether the model can work with the cache: check_generation does.
+    During the call, a model in training mode is in eval mode (no dropout). Raises ValueError for
+    bad arguments (an empty prefix, what is no token id, lists of unequal length) and for a model
+    that is wrapped or not causal; FloatingPointError where logits are not finite. Whether a model
+    can work with the cache is another question: check_generation.
     """
     refuse_model(model, "generate_segments", "pass the model inside the wrapper")
     prefixes, limits, forbid = checked_prefixes(prefixes, max_new_tokens, forbid_eos)
@@ -216,12 +223,10 @@ def generate_segments(model, prefixes: Sequence[Sequence[int]],
     def choose(logits: Tensor) -> Tensor:
         return sample_tokens(logits, temperature, top_k, top_p, generator)
 
-    # prefill reads the prefixes into a KV cache, which has a slot (row) for each. decode then goes
-    # round by round: in a round the model reads the last token of each slot, with its cache, and
-    # `choose` draws the next. A slot is done at an end token, or at its limit.
     with eval_mode(model):
         cache = prefill(model, prefixes, max(limits))
-        slots = [i for i in range(len(prefixes)) for _ in range(num_return)]    # 0, 0, 1, 1, ...
+        # Read once, a prefix's row is then copied: 0, 0, 1, 1, ... for num_return 2.
+        slots = [i for i in range(len(prefixes)) for _ in range(num_return)]
         if num_return > 1:
             cache.select_slots(slots)
         outputs = decode(
@@ -238,7 +243,7 @@ class PairLogps(NamedTuple):
         chosen_logps      y+: the sum over its tokens (DPO), or their mean (average=True, ORPO)
         rejected_logps    y-: the same
         chosen_nll        y+: minus the mean, the supervised term of ORPO; with nll_on="prompt" the
-                          mean is over x and y+
+                          mean is over x and y+, with skip_shared over B C alone
     """
     chosen_logps: Tensor
     rejected_logps: Tensor
@@ -251,9 +256,8 @@ def pair_logps(model, pairs: Sequence[Pair], average: bool = False,
     """Log-probabilities of both responses of each pair: (chosen_logps, rejected_logps, chosen_nll).
 
     average, nll_on ("response" or "prompt"): see PairLogps.
-    skip_shared: for DPO alone, leave A out: A cancels in the difference of the sums, so DPO's loss,
-    its gradient and the margin of its rewards stay as they are. (chosen_nll leaves A out as well,
-    unless nll_on is "prompt".)
+    skip_shared: score only what follows A. A cancels in the difference of two sums, so DPO's loss,
+    its gradient and the margin of its rewards stay as they are; ORPO's would not.
     shortcuts: what find_shortcuts(model) found (second reading); None is plain, and right for every
     causal LM.
     Raises ValueError for an empty list, an empty prompt, values that are not token ids, a pair
@@ -266,7 +270,7 @@ def pair_logps(model, pairs: Sequence[Pair], average: bool = False,
     pairs = [checked_pair(pair) for pair in pairs]
     if not pairs:
         raise ValueError("there are no pairs to score")
-    if shortcuts is None or not any(shortcuts):
+    if shortcuts in (None, Shortcuts(False, False)):
         return plain_pair_logps(model, pairs, average, skip_shared, nll_on)
     return fast_pair_logps(model, pairs, average, skip_shared, nll_on, shortcuts)
 

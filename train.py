@@ -64,30 +64,32 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
                      s.loss            s.rejected   y- is written by    DPO's reference
         SAPO         "orpo" or "dpo"   "ema"        the EMA model       by s.ref
         on-policy    "orpo" or "dpo"   "policy"     the policy          by s.ref
-        SPIN         "orpo" or "dpo"   "spin"       the policy as it was when the round began: both
+        SPIN         "orpo" or "dpo"   "spin"       its start (1)       its start (1)
         ORPO, DPO    "orpo" or "dpo"   "data"       the data's author   by s.ref
-        SFT          "sft"             (not used)   nobody              (none)
+        SFT          "sft"             -            nobody              -
 
-    s.ref: "ema" or "policy", as that model was after the last step that s.ref_every divides; or
-    "fixed", the model that training starts from.
+    (1) the policy as it was when the round of SPIN began.
+    s.ref: "ema" or "policy", a copy of that model, renewed every s.ref_every steps; or "fixed", the
+    model that training starts from. None with ORPO, SFT and SPIN.
     """
     loaded = load(s, world)         # .model, .examples, .steps (how many to take) and more
 
-    # What `world` does on one device; on several it shards models, or wraps the scorer in DDP:
-    #     prepare, wrap: nothing    frozen_copy: deepcopy    scorer: PairScorer(policy)
-    policy = world.prepare(loaded.model)                                            # line 1
+    # The comments say what `world` does on one device. On several it shards models, or wraps the
+    # scorer in DDP.
+    policy = world.prepare(loaded.model)        # loaded.model itself               # line 1
     buffer = ema = None
     if s.buffer_size:
+        # DRAW: a number that keeps this use of the seed apart from others.
         buffer = ReplayBuffer(s.buffer_size // world.size,                          # line 2
                               seed=[pair_sources.DRAW, s.seed, world.rank])
     if s.needs_ema:         # s.rejected or s.ref is "ema"
         ema = EMA(policy, s.ema_decay, s.ema_every,                                 # line 3
-                  model_copy=world.frozen_copy(loaded.model))
-    # frozen: the model behind DPO's reference, which in SPIN also writes y-.
+                  model_copy=world.frozen_copy(loaded.model))       # a deepcopy
+    # frozen: the model behind DPO's reference, in SPIN also the one that writes y-; else None.
     frozen, reference_scorer = make_reference(s, world, loaded)
     if s.grad_checkpoint:
         checkpoint_layers(policy)       # after the copies, which need no gradient
-    scorer = world.wrap(world.scorer(policy, loaded.shortcuts, s.compile))
+    scorer = world.wrap(world.scorer(policy, loaded.shortcuts, s.compile))      # a PairScorer
     optimizer = make_optimizer(s, policy)
 
     rewriter = Rewriter(s, world, loaded)
@@ -108,9 +110,9 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
     # ----------------------------------------------------------------------------- Algorithm 1
     for step in range(run.step + 1, loaded.steps + 1):                              # line 4
         # Sampling stage. pairs_of calls SegmentSource.make, below, if this step has no pairs yet.
-        new_pairs = batch = source.pairs_of(step)                                   # lines 6 to 10
-        if s.skip_identical:
-            batch = [pair for pair in new_pairs if pair.chosen != pair.rejected]
+        new_pairs = source.pairs_of(step)                                           # lines 6 to 10
+        batch = [pair for pair in new_pairs
+                 if not s.skip_identical or pair.chosen != pair.rejected]
         if buffer is not None:
             for pair in batch:
                 buffer.add(pair)                                                    # line 11
@@ -118,7 +120,7 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
         run.lap("generate")
 
         # Training stage
-        lr, beta = schedule(s, step, loaded.steps)
+        lr, beta = schedule(s, step, loaded.steps)      # beta: in SPIN one per round
         metrics, nonfinite_rows = backward(                                         # line 15
             s, world, scorer, reference_scorer, batch, beta)
         run.lap("score")
@@ -126,7 +128,7 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
         took_step = optimizer_step(s, world, policy, optimizer, lr, metrics)        # line 16
         if took_step and ema is not None:
             ema.update(policy)                                                      # line 17
-        if s.ref in ("policy", "ema") and step % s.ref_every == 0:      # DPO's reference
+        if s.ref in ("policy", "ema") and step % s.ref_every == 0:      # renew DPO's reference
             followed = ema.model if s.ref == "ema" else policy
             frozen.load_state_dict(followed.state_dict())
         run.lap("update")
@@ -135,45 +137,15 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
 
 
 # --------------------------------------------------------------------- lines 6 to 10: new pairs
-
-class SegmentSource(pair_sources.PairSource):
-    """Algorithm 1 lines 6 to 10. `writer` writes B': the EMA model, or with --rejected policy that.
-
-    pairs_of(step), which the loop calls, hands out what `make` made.
-    """
-
-    def __init__(self, s: Settings, world: World, loaded: Loaded, rewriter: "Rewriter", writer,
-                 ema: EMA | None):
-        super().__init__()
-        self.s, self.world, self.examples = s, world, loaded.examples
-        self.rewriter, self.writer, self.ema = rewriter, writer, ema
-
-    def make(self, first_step: int) -> dict[int, list[Pair]]:
-        """{step: its pairs}, for this step and for those whose pairs can be made along with it.
-
-        The EMA model is constant until its next refresh, so the pairs of all steps until then are
-        made at once, in larger batches. A mini-batch is this process's share of the next
-        --batch_size rows; the rows are shuffled anew in every epoch.
-        """
-        s, world = self.s, self.world
-        steps = range(first_step, first_step + pair_sources.steps_at_once(s, world, self.ema))
-        # The mini-batches of all steps in one list, rewritten in one go, then dealt out again.
-        work = [(step, example) for step in steps
-                for example in pair_sources.minibatch(s, self.examples, step, world)]   # line 6
-        # A segment's place depends on its step and row, not on the number of processes.
-        rngs = [np.random.default_rng([pair_sources.REWRITE, s.seed, step, example.example_id])
-                for step, example in work]
-        generator = pair_sources.torch_generator(world, [pair_sources.REWRITE, s.seed, first_step])
-        rewrites = self.rewriter(                                                   # lines 7 to 10
-            self.writer, [example for _, example in work], rngs, s.num_rejected, generator)
-        pairs_of = {step: [] for step in steps}
-        for (step, _), new_pairs in zip(work, rewrites, strict=True):
-            pairs_of[step] += [pair._replace(step=step) for pair in new_pairs]
-        return pairs_of
-
+#
+# The loop asks source.pairs_of(step). What stands between that and make_pairs is batching alone:
+#
+#     pairs_of                hands out the pairs of a step; calls `make` where there are none yet
+#     SegmentSource.make      the mini-batches of all steps until the EMA model changes, as one list
+#     Rewriter                cuts the list into batches of like lengths, and calls make_pairs
 
 class Rewriter:
-    """Algorithm 1 lines 7 to 10: a model rewrites a segment of each chosen response.
+    """A model rewrites a segment of each of many chosen responses.
 
     tokens_written: the tokens of B' so far.
     """
@@ -194,17 +166,49 @@ class Rewriter:
         lengths = [len(e.prompt) + len(e.chosen) for e in examples]
         # full_model: all weights, where `model` is sharded. decode_step: a faster one, or None.
         with self.generating(model) as (full_model, decode_step):
-            for indices in batches_by_length(lengths, s.generate_batch // num_rejected):
-                few = [examples[i] for i in indices]
-                pairs = make_pairs(
+            for places in batches_by_length(lengths, s.generate_batch // num_rejected):
+                few = [examples[i] for i in places]
+                pairs = make_pairs(                                                 # lines 7 to 10
                     full_model, [Example(e.prompt, e.chosen, e.example_id) for e in few],
-                    s.segment_len, [rngs[i] for i in indices], eos_token_id=self.eos_ids,
+                    s.segment_len, [rngs[i] for i in places], eos_token_id=self.eos_ids,
                     num_rejected=num_rejected, tail=s.tail, segment_eos=s.segment_eos,
                     max_new_tokens=new_tokens(s, few), temperature=s.temperature, top_k=s.top_k,
                     top_p=s.top_p, generator=generator, decode_step=decode_step)
-                by_place |= zip(indices, batches(pairs, num_rejected), strict=True)
+                by_place |= zip(places, batches(pairs, num_rejected), strict=True)
                 self.tokens_written += sum(pair.rejected_stop - pair.start for pair in pairs)
         return [by_place[i] for i in range(len(examples))]
+
+
+class SegmentSource(pair_sources.PairSource):
+    """The pairs of SAPO, and of on-policy training: `writer` is the EMA model, or the policy."""
+
+    def __init__(self, s: Settings, world: World, loaded: Loaded, rewriter: Rewriter, writer,
+                 ema: EMA | None):
+        super().__init__()
+        self.s, self.world, self.examples = s, world, loaded.examples
+        self.rewriter, self.writer, self.ema = rewriter, writer, ema
+
+    def make(self, first_step: int) -> dict[int, list[Pair]]:
+        """{step: its pairs}, for this step and for those whose pairs can be made along with it.
+
+        The EMA model is constant until its next refresh, so the pairs of all steps until then are
+        made at once, in larger batches. A mini-batch is this process's share of the next
+        --batch_size rows; the rows are shuffled anew in every epoch.
+        """
+        s, world = self.s, self.world
+        steps = range(first_step, first_step + pair_sources.steps_at_once(s, world, self.ema))
+        work = [(step, example) for step in steps
+                for example in pair_sources.minibatch(s, self.examples, step, world)]   # line 6
+        # A segment's place depends on its step and row, not on the number of processes.
+        rngs = [np.random.default_rng([pair_sources.REWRITE, s.seed, step, example.example_id])
+                for step, example in work]
+        generator = pair_sources.torch_generator(world, [pair_sources.REWRITE, s.seed, first_step])
+        rewrites = self.rewriter(
+            self.writer, [example for _, example in work], rngs, s.num_rejected, generator)
+        by_step = {step: [] for step in steps}
+        for (step, _), pairs in zip(work, rewrites, strict=True):
+            by_step[step] += [pair._replace(step=step) for pair in pairs]
+        return by_step
 
 
 # ------------------------------------------------------------------------------ line 15: the loss
@@ -216,8 +220,8 @@ def backward(s: Settings, world: World, scorer, reference_scorer, pairs: list[Pa
     Returns the means of what is logged, and the rows whose loss is not finite.
     """
     metrics = LossMetrics(s)
-    # weight = processes / pairs of all processes: DDP then averages the gradients over processes.
-    # Weight 0: a call that only keeps this process in step with the others.
+    # weight = processes / pairs of all processes: the mean over all pairs, once DDP has averaged
+    # over processes. Weight 0: a call that only keeps this process in step with the others.
     for micro_batch, weight in world.micro_batches(scorer, pairs, s.micro_batch):
         with world.precision():
             losses, policy_logps, rewards = compute_loss(
@@ -232,16 +236,16 @@ def compute_loss(s: Settings, scorer, reference_scorer, pairs: list[Pair], beta:
     """Line 15: losses (pairs,), the policy's PairLogps, and the rewards of y+ and y-."""
     # DPO: sums, without A. ORPO: means per token. SFT: chosen_nll alone; its pairs have y- = y+.
     how = {"average": s.loss != "dpo", "skip_shared": s.loss == "dpo", "nll_on": s.nll_on}
-    policy_logps = scorer(pairs, **how)
+    policy_logps = chosen_logps, rejected_logps, chosen_nll = scorer(pairs, **how)
     if s.loss == "sft":
-        return policy_logps.chosen_nll, policy_logps, None
+        return chosen_nll, policy_logps, None
     if s.loss == "orpo":
-        losses, *rewards = orpo_loss(*policy_logps, s.lam)      # chosen, rejected, chosen_nll
+        losses, *rewards = orpo_loss(chosen_logps, rejected_logps, chosen_nll, s.lam)
     else:
         with torch.no_grad():
-            reference_logps = reference_scorer(pairs, **how)
-        losses, *rewards = dpo_loss(*policy_logps[:2], *reference_logps[:2], beta,
-                                    s.label_smoothing)
+            reference_chosen, reference_rejected, _ = reference_scorer(pairs, **how)
+        losses, *rewards = dpo_loss(chosen_logps, rejected_logps, reference_chosen,
+                                    reference_rejected, beta, s.label_smoothing)
     return losses, policy_logps, rewards
 
 
