@@ -373,7 +373,7 @@ class PrefixWriter(CacheWriter):
 
     def write(self, stored: dict[int, Tensor], layer: int, new: Tensor) -> Tensor:
         """Write into the first columns of the slots; return what was written."""
-        if layer not in stored:         # zeros: NaN in a masked column would get past (0 * NaN)
+        if layer not in stored:         # zeros: empty memory may hold NaN, and 0 * NaN is NaN
             stored[layer] = new.new_zeros(
                 self.cache.slots, new.shape[1], self.cache.columns, new.shape[3])
         stored[layer][self.slots, :, :new.shape[2]] = new
@@ -433,14 +433,15 @@ def decode(model, decode_step: Callable, cache: KVCache, prefixes: list[list[int
     device = next(model.parameters()).device
     token = torch.tensor([prefix[-1] for prefix in prefixes], device=device)            # (slots,)
     position = torch.tensor([len(prefix) - 1 for prefix in prefixes], device=device)
-    # A finished slot keeps computing, but at its last position: the model may have no more.
+    # A finished slot keeps computing, but at its last position: the model may have no more. (One
+    # with a limit of 0 does so from the start.)
     last_position = position + torch.tensor(limits, device=device).clamp(min=1) - 1
     forbid = torch.tensor(forbid_eos, device=device)
     columns = torch.arange(cache.columns, device=device)[None]
     outputs: list[list[int]] = [[] for _ in prefixes]
     # Finished slots are dropped: output_index[slot] is the prefix that a slot still belongs to.
     output_index, remaining = list(range(len(prefixes))), list(limits)
-    for length in range(max(map(len, prefixes)), cache.columns + 1):        # columns in use
+    for length in range(max(map(len, prefixes)), cache.columns + 1):    # columns in use, per round
         seen = columns[:, :length]
         allowed = (seen <= position[:, None])[:, None]
         masks = attention_masks(model, allowed, position[:, None], seen)
@@ -449,7 +450,8 @@ def decode(model, decode_step: Callable, cache: KVCache, prefixes: list[list[int
             raise FloatingPointError("the logits of the model that generates are not finite")
         if any(forbid_eos):
             logits[:, eos_ids] = logits[:, eos_ids].masked_fill(forbid[:, None], -torch.inf)
-        token, position = choose(logits), torch.minimum(position + 1, last_position)
+        token = choose(logits)
+        position = torch.minimum(position + 1, last_position)
         for slot, new_token in enumerate(token.tolist()):
             if remaining[slot] > 0:
                 outputs[output_index[slot]].append(new_token)
@@ -534,10 +536,9 @@ class PairScorer(nn.Module):
 #     position    0 1 2 3 4   5 6 7   5  6  7        each branch goes on from A
 #     attends to  x and A; a token of a branch also to its own branch, never to the other
 #
-# A scored token of a pair belongs to one of four parts. A token that is read belongs to a branch,
-# CHOSEN or REJECTED, or is SHARED by both.
-PROMPT, SEGMENT_A, CHOSEN, REJECTED = range(4)      # x, A, B C, B' C
-SHARED = 4
+# A token that is read belongs to a branch:     SHARED (x A), CHOSEN (B C) or REJECTED (B' C)
+# a token that is scored, to a part:            PROMPT (x), SEGMENT_A (A), CHOSEN or REJECTED
+PROMPT, SEGMENT_A, CHOSEN, REJECTED, SHARED = range(5)
 
 
 def fast_pair_logps(model, pairs: Sequence[Pair], average: bool, skip_shared: bool, nll_on: str,
@@ -554,7 +555,8 @@ def fast_pair_logps(model, pairs: Sequence[Pair], average: bool, skip_shared: bo
     for i, pair in enumerate(pairs):
         for branches in rows:
             sequence, labels = shared_layout(pair, branches)
-            # Without the chosen branch, a row scores B' C alone: x and A were scored before.
+            # Parts that do not count are left out. So are x and A in a row without the chosen
+            # branch, because the row before scored them.
             scored += [(len(sequences), column, label, i, part) for column, label, part in labels
                        if part in wanted and (part == REJECTED or CHOSEN in branches)]
             sequences.append(sequence)
@@ -668,7 +670,7 @@ def attention_masks(model, allowed: Tensor, query_position: Tensor,
         if kind == "sliding_attention" and window:
             distance = query_position[:, :, None] - key_position[:, None]
             visible = allowed & (distance < window)
-        # Half of the smallest number, which itself becomes -inf when autocast rounds it to bf16.
+        # finfo.min rounds to -inf where autocast makes it bf16; half of it does not.
         blocked = torch.finfo(dtype).min / 2
         mask = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, blocked)
         masks[kind] = mask[:, None]
@@ -785,10 +787,10 @@ def refuse_model(model, function: str, advice: str) -> None:
     if hasattr(model, "module"):
         raise ValueError(f"{function} takes a model, not {type(model).__name__}: {advice}")
     config = getattr(model, "config", None)
-    bidirectional = type(model).__name__.endswith("ForMaskedLM") or (
-        getattr(config, "is_decoder", True) is False
-        and not any(getattr(module, "is_causal", False) for module in model.modules()))
-    if getattr(config, "is_encoder_decoder", False) or bidirectional:
+    is_masked_lm = type(model).__name__.endswith("ForMaskedLM")
+    is_encoder = getattr(config, "is_decoder", True) is False and not any(
+        getattr(module, "is_causal", False) for module in model.modules())
+    if getattr(config, "is_encoder_decoder", False) or is_masked_lm or is_encoder:
         raise ValueError(f"{function} takes a causal language model, "
                          f"which {type(model).__name__} is not")
 
@@ -808,20 +810,23 @@ def find_shortcuts(model) -> Shortcuts:
     if (getattr(text_config(model), "max_position_embeddings", None) or 64) < 64:
         return Shortcuts(False, False)          # too few positions for the trial
     with trial(model) as (tokens, low_precision):
+        # A long pair with A, B C and B' C of 4, 12 and 10 tokens, and a short one without A.
         prompt, a, bc, new_bc = tokens[:-31], tokens[-31:-27], tokens[-27:-15], tokens[-15:-5]
         pairs = [Pair(prompt, a + bc, a + new_bc, len(a)),
                  Pair(tokens[:5], tokens[5:9], tokens[-5:], 0)]
+
         def score(score_pairs: Callable, pairs: list[Pair], *shortcuts) -> Tensor:  # (3, pairs)
             return torch.stack(score_pairs(model, pairs, False, False, "prompt", *shortcuts))
 
         expected = score(plain_pair_logps, pairs)
-        # What another context, y+ in front of both responses, does to the numbers.
+        # The yardstick: what a wrong context, y+ in front of both responses, does to the numbers.
+        # The error of a shortcut must be far smaller.
         mixed = [Pair([*p.prompt, *p.chosen], p.chosen, p.rejected, p.start) for p in pairs]
         effect = (score(plain_pair_logps, mixed) - expected).norm()
         tolerance = 0.05 if low_precision else 0.002
         head = head_can_be_split(model, tokens, 2e-2 if low_precision else 1e-4)
-        heads = (True, False) if head else (False,)
-        for shortcuts in [Shortcuts(share, split) for share in (True, False) for split in heads]:
+        best_first = [Shortcuts(True, head), Shortcuts(True, False), Shortcuts(False, head)]
+        for shortcuts in dict.fromkeys(best_first):
             try:
                 error = (score(fast_pair_logps, pairs, shortcuts) - expected).norm()
             except Exception:           # whatever a model raises at input that it does not know
@@ -835,7 +840,8 @@ def head_can_be_split(model, tokens: list[int], tolerance: float) -> bool:
     """Is logits = head(hidden states), with no scaling or cap after the head?
 
     Tried with hidden states scaled until the logits reach 1, 30 and 1000: a soft cap does not show
-    on small ones. A shallow copy of the model gets them; the model itself stays as it is.
+    on small ones. A shallow copy of the model, whose body is replaced by one that returns these
+    states, gives its logits for them; the model itself stays as it is.
     """
     class StandIn(nn.Module):
         def forward(self, *args, **kwargs):
