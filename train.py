@@ -27,8 +27,9 @@ This file is Algorithm 1 of the paper, and the comments carry its line numbers:
     then, so the pairs of these steps are made in one batch.
 For choices that the paper leaves open see the README's table "Paper, authors' code, this code".
 
-The baselines (ORPO, DPO, SFT, SPIN, on-policy) are settings of the same loop. support/ has what is
-not the method: loading, checkpoints, reports, several processes.
+The baselines (ORPO, DPO, SFT, SPIN, on-policy) are settings of the same loop. First reading: to the
+double line; behind it stands how lines 6 to 10 are batched. support/ has what is not the method:
+loading, checkpoints, reports, several processes.
 """
 import support.threads  # noqa: F401  (before torch: how its threads wait, docs/speed.md)
 
@@ -109,7 +110,7 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
 
     # ----------------------------------------------------------------------------- Algorithm 1
     for step in range(run.step + 1, loaded.steps + 1):                              # line 4
-        # Sampling stage. pairs_of calls SegmentSource.make, below, if this step has no pairs yet.
+        # Sampling stage. pairs_of is make_pairs in larger batches (second reading).
         new_pairs = source.pairs_of(step)                                           # lines 6 to 10
         batch = [pair for pair in new_pairs
                  if not s.skip_identical or pair.chosen != pair.rejected]
@@ -136,13 +137,55 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
     run.close(policy)
 
 
-# --------------------------------------------------------------------- lines 6 to 10: new pairs
+# ------------------------------------------------------------------------------ line 15: the loss
+
+def backward(s: Settings, world: World, scorer, reference_scorer, pairs: list[Pair],
+             beta: float) -> tuple[dict[str, float], list[int]]:
+    """Gradients of the mean loss over all processes' pairs, a micro-batch at a time.
+
+    Returns the means of what is logged, and the rows whose loss is not finite.
+    """
+    metrics = LossMetrics(s)
+    # weight = processes / pairs of all processes: the mean over all pairs, once DDP has averaged
+    # over processes. Weight 0: a call that only keeps this process in step with the others.
+    for micro_batch, weight in world.micro_batches(scorer, pairs, s.micro_batch):
+        with world.precision():
+            losses, policy_logps, rewards = compute_loss(
+                s, scorer, reference_scorer, micro_batch, beta)
+        (weight * losses.sum()).backward()
+        if weight:
+            metrics.add(micro_batch, losses, policy_logps, rewards)
+    return world.means(metrics.sums), metrics.nonfinite_rows
+
+
+def compute_loss(s: Settings, scorer, reference_scorer, pairs: list[Pair], beta: float):
+    """Line 15: losses (pairs,), the policy's PairLogps, and the rewards of y+ and y-."""
+    # DPO: sums, without A. ORPO: means per token. SFT: chosen_nll alone; its pairs have y- = y+.
+    how = {"average": s.loss != "dpo", "skip_shared": s.loss == "dpo", "nll_on": s.nll_on}
+    policy_logps = chosen_logps, rejected_logps, chosen_nll = scorer(pairs, **how)
+    if s.loss == "sft":
+        return chosen_nll, policy_logps, None
+    if s.loss == "orpo":
+        losses, *rewards = orpo_loss(chosen_logps, rejected_logps, chosen_nll, s.lam)
+    else:
+        with torch.no_grad():
+            reference_chosen, reference_rejected, _ = reference_scorer(pairs, **how)
+        losses, *rewards = dpo_loss(chosen_logps, rejected_logps, reference_chosen,
+                                    reference_rejected, beta, s.label_smoothing)
+    return losses, policy_logps, rewards
+
+
+# =================================================================================================
+# The first reading ends here. On one device, the pairs of a step are nothing but
 #
-# The loop asks source.pairs_of(step). What stands between that and make_pairs is batching alone:
+#     make_pairs(ema.model, minibatch, s.segment_len, rngs, eos_token_id=loaded.eos_ids, ...)
+#
+# and what follows makes larger batches of that:
 #
 #     pairs_of                hands out the pairs of a step; calls `make` where there are none yet
 #     SegmentSource.make      the mini-batches of all steps until the EMA model changes, as one list
 #     Rewriter                cuts the list into batches of like lengths, and calls make_pairs
+# =================================================================================================
 
 class Rewriter:
     """A model rewrites a segment of each of many chosen responses.
@@ -209,44 +252,6 @@ class SegmentSource(pair_sources.PairSource):
         for (step, _), pairs in zip(work, rewrites, strict=True):
             by_step[step] += [pair._replace(step=step) for pair in pairs]
         return by_step
-
-
-# ------------------------------------------------------------------------------ line 15: the loss
-
-def backward(s: Settings, world: World, scorer, reference_scorer, pairs: list[Pair],
-             beta: float) -> tuple[dict[str, float], list[int]]:
-    """Gradients of the mean loss over all processes' pairs, a micro-batch at a time.
-
-    Returns the means of what is logged, and the rows whose loss is not finite.
-    """
-    metrics = LossMetrics(s)
-    # weight = processes / pairs of all processes: the mean over all pairs, once DDP has averaged
-    # over processes. Weight 0: a call that only keeps this process in step with the others.
-    for micro_batch, weight in world.micro_batches(scorer, pairs, s.micro_batch):
-        with world.precision():
-            losses, policy_logps, rewards = compute_loss(
-                s, scorer, reference_scorer, micro_batch, beta)
-        (weight * losses.sum()).backward()
-        if weight:
-            metrics.add(micro_batch, losses, policy_logps, rewards)
-    return world.means(metrics.sums), metrics.nonfinite_rows
-
-
-def compute_loss(s: Settings, scorer, reference_scorer, pairs: list[Pair], beta: float):
-    """Line 15: losses (pairs,), the policy's PairLogps, and the rewards of y+ and y-."""
-    # DPO: sums, without A. ORPO: means per token. SFT: chosen_nll alone; its pairs have y- = y+.
-    how = {"average": s.loss != "dpo", "skip_shared": s.loss == "dpo", "nll_on": s.nll_on}
-    policy_logps = chosen_logps, rejected_logps, chosen_nll = scorer(pairs, **how)
-    if s.loss == "sft":
-        return chosen_nll, policy_logps, None
-    if s.loss == "orpo":
-        losses, *rewards = orpo_loss(chosen_logps, rejected_logps, chosen_nll, s.lam)
-    else:
-        with torch.no_grad():
-            reference_chosen, reference_rejected, _ = reference_scorer(pairs, **how)
-        losses, *rewards = dpo_loss(chosen_logps, rejected_logps, reference_chosen,
-                                    reference_rejected, beta, s.label_smoothing)
-    return losses, policy_logps, rewards
 
 
 # -------------------------------------------------------------------------------------------- run
