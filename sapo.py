@@ -1,14 +1,14 @@
 """The method of SAPO (Self-Augmented Preference Optimization, arXiv 2405.20830).
 
 x is the prompt, y+ = A B C the chosen response and y- = A B' C the rejected one. All are token ids;
-nothing is decoded and tokenized again. `model` is any causal LM of transformers ("talking to
-models" lists what is asked of another one).
+nothing is decoded and tokenized again. `model` is any causal LM of transformers
+(the section "talking to models" says what it takes to be another one).
 
 First reading, to the double line, a third into this file:
 
                         line of Algorithm 1 (see the header of train.py)
     Example, Pair       -               x and y+; x, y+ and y-
-    choose_segment      8               where B lies in y+; plan_segment has the variants
+    choose_segment      8               where B lies in y+
     splice              10              A B' C
     make_pairs          7 to 10         from a batch of examples to pairs
     generate_segments   9               the EMA model writes B' after x and A
@@ -41,9 +41,9 @@ except ImportError:
 
 
 class Example(NamedTuple):
-    """A prompt and its chosen response as token ids. The response ends with its end token.
+    """A prompt and its chosen response as token ids, with its end token unless it was cut short.
 
-    (One that was cut has none.) example_id: its place in the data.
+    example_id: its place in the data.
     """
     prompt: list[int]
     chosen: list[int]
@@ -56,8 +56,8 @@ class Pair(NamedTuple):
         chosen    y+ = A | B  | C       cut at start and stop
         rejected  y- = A | B' | C       cut at start and rejected_stop; C may be missing here
 
-    start: how many first tokens the responses are known to share; 0 is right, too, and costs time.
-    stop, rejected_stop: where B and B' end, for reports alone; None: with the response.
+    start: the length of A, which both responses begin with (0 is allowed: then A is empty).
+    stop, rejected_stop: where B and B' end, for reports alone; None: at the end of the response.
     example_id: its place in the data. step: the optimizer step that made the pair.
     """
     prompt: list[int]
@@ -87,35 +87,6 @@ def choose_segment(response_len: int, segment_len: int,
     n = min(segment_len, response_len)
     start = int(rng.integers(0, response_len - n + 1))
     return start, start + n
-
-
-class SegmentPlan(NamedTuple):
-    """B is response[start:stop]; B' has at most `limit` tokens."""
-    start: int
-    stop: int
-    limit: int
-
-
-def plan_segment(response_len: int, segment_len: int, rng: np.random.Generator, tail: str = "keep",
-                 max_new_tokens: int = 256) -> SegmentPlan:
-    """choose_segment and its variants, with n for segment_len (or all of a shorter y+) and m for
-    max_new_tokens:
-
-                            B                              B' has at most             y-
-        SAPO                n tokens, anywhere in y+       n tokens                   A B' C
-        tail "drop"         the same                       n                          A B'
-        tail "rewrite"      from there to the end of y+    m - len(A), at least n     A B'
-        segment_len 0       all of y+                      m                          B'
-
-    Raises ValueError for another tail.
-    """
-    if tail not in ("keep", "drop", "rewrite"):
-        raise ValueError(f"tail must be 'keep', 'drop' or 'rewrite', not {tail!r}")
-    start, stop = choose_segment(response_len, segment_len or response_len, rng)
-    limit = stop - start if segment_len else max_new_tokens
-    if tail == "rewrite":
-        stop, limit = response_len, max(limit, max_new_tokens - start)
-    return SegmentPlan(start, stop, limit)
 
 
 def splice(response: Sequence[int], start: int, stop: int, segment: Sequence[int],
@@ -149,13 +120,13 @@ def make_pairs(model, examples: Sequence[Example], segment_len: int,
     segment_len: B has this many tokens (N_seg), or all of a shorter y+; B' has at most as many.
     rng: draws where the segments lie (one generator, or one per example).
     sampling: temperature, top_k, top_p, generator and decode_step of generate_segments.
-    Returns a list of Pair in the order of the examples. y- lacks an end token when B reaches the
-    end of y+ and B' has none. Raises ValueError on an empty response, and where generate_segments
-    does.
+    Returns a list of Pair in the order of the examples. y- has no end token if it ends with B' and
+    B' has none. Raises ValueError on an empty response, and where generate_segments does.
 
     Variants:
     num_rejected: rewrites per example, all of the same segment.
-    segment_len 0, tail, max_new_tokens (one, or one per example): see plan_segment.
+    segment_len 0, tail, max_new_tokens (one, or one per example): see plan_segment. In SAPO itself
+    max_new_tokens plays no part.
     segment_eos: "stop" ends y- at an end token in B'; "forbid" bans end tokens in B' where y+ goes
     on after B.
     """
@@ -165,12 +136,13 @@ def make_pairs(model, examples: Sequence[Example], segment_len: int,
     rngs = one_each(rng, examples, "rng")
     max_lens = one_each(max_new_tokens, examples, "max_new_tokens")
 
-    plans = [plan_segment(len(example.chosen), segment_len, example_rng, tail, max_len)     # line 8
-             for example, example_rng, max_len in zip(examples, rngs, max_lens, strict=True)]
-    prefixes = [[*example.prompt, *example.chosen[:plan.start]]                             # x A
-                for example, plan in zip(examples, plans, strict=True)]
-    forbid_eos = [segment_eos == "forbid" and plan.stop < len(example.chosen)
-                  for example, plan in zip(examples, plans, strict=True)]
+    plans, prefixes, forbid_eos = [], [], []            # one entry per example
+    for (prompt, chosen, _), example_rng, max_len in zip(examples, rngs, max_lens, strict=True):
+        # In SAPO: start and stop of choose_segment, and limit = stop - start.
+        plan = plan_segment(len(chosen), segment_len, example_rng, tail, max_len)           # line 8
+        plans.append(plan)
+        prefixes.append([*prompt, *chosen[:plan.start]])                                    # x A
+        forbid_eos.append(segment_eos == "forbid" and plan.stop < len(chosen))
     segments = generate_segments(                                                           # line 9
         model, prefixes, [plan.limit for plan in plans], eos_token_id=eos_token_id,
         num_return=num_rejected, forbid_eos=forbid_eos, **sampling)
@@ -195,9 +167,9 @@ def generate_segments(model, prefixes: Sequence[Sequence[int]],
                       decode_step: Callable | None = None) -> list[list[list[int]]]:
     """Continue each prefix (Algorithm 1 line 9); samples as model.generate(do_sample=True) does.
 
-    `prefill` reads the prefixes into a KV cache, which has a slot (row) for each. `decode` then
-    goes round by round: in a round the model reads the last token of each slot, with its cache, and
-    the next token is drawn. A slot is done at an end token, or at its limit.
+    `prefill` reads the prefixes into a KV cache. `decode` then goes round by round: in a round the
+    model reads the last token of each row, with its cache, and the next token is drawn. A row is
+    done at an end token, or at its limit.
 
     prefixes: token ids, of any lengths but not empty. max_new_tokens: one, or one per prefix.
     eos_token_id: an id, several, or None.
@@ -220,18 +192,18 @@ def generate_segments(model, prefixes: Sequence[Sequence[int]],
     if not prefixes or max(limits) == 0:
         return [[[] for _ in range(num_return)] for _ in prefixes]
 
-    def choose(logits: Tensor) -> Tensor:
+    def draw(logits: Tensor) -> Tensor:
         return sample_tokens(logits, temperature, top_k, top_p, generator)
 
     with eval_mode(model):
         cache = prefill(model, prefixes, max(limits))
-        # Read once, a prefix's row is then copied: 0, 0, 1, 1, ... for num_return 2.
+        # num_return rows per prefix, copied from the one that was read: 0, 0, 1, 1, ...
         slots = [i for i in range(len(prefixes)) for _ in range(num_return)]
         if num_return > 1:
             cache.select_slots(slots)
         outputs = decode(
             model, decode_step or plain_decode_step(model), cache, [prefixes[i] for i in slots],
-            [limits[i] for i in slots], [forbid[i] for i in slots], eos_ids, choose)
+            [limits[i] for i in slots], [forbid[i] for i in slots], eos_ids, draw)
     return [outputs[i:i + num_return] for i in range(0, len(outputs), num_return)]
 
 
@@ -242,8 +214,10 @@ class PairLogps(NamedTuple):
 
         chosen_logps      y+: the sum over its tokens (DPO), or their mean (average=True, ORPO)
         rejected_logps    y-: the same
-        chosen_nll        y+: minus the mean, the supervised term of ORPO; with nll_on="prompt" the
-                          mean is over x and y+, with skip_shared over B C alone
+        chosen_nll        minus a mean, the supervised term of ORPO, over
+                              y+                      nll_on="response"
+                              B C                     nll_on="response", skip_shared=True
+                              x and y+                nll_on="prompt"
     """
     chosen_logps: Tensor
     rejected_logps: Tensor
@@ -278,16 +252,17 @@ def pair_logps(model, pairs: Sequence[Pair], average: bool = False,
 def plain_pair_logps(model, pairs: Sequence[Pair], average: bool, skip_shared: bool,
                      nll_on: str) -> PairLogps:
     """The definition: run [x y+] and [x y-] through the model and add up log-probabilities."""
-    chosen = [[*pair.prompt, *pair.chosen] for pair in pairs]
-    rejected = [[*pair.prompt, *pair.rejected] for pair in pairs]
+    x_chosen = [[*pair.prompt, *pair.chosen] for pair in pairs]
+    x_rejected = [[*pair.prompt, *pair.rejected] for pair in pairs]
+    # The first column that counts: of the response, and for chosen_nll.
     score_from = [len(pair.prompt) + (pair.start if skip_shared else 0) for pair in pairs]
     nll_from = score_from if nll_on == "response" else [0] * len(pairs)
-    chosen_logits, rejected_logits = plain_logits(model, chosen), plain_logits(model, rejected)
+    chosen_logits, rejected_logits = plain_logits(model, x_chosen), plain_logits(model, x_rejected)
     device = chosen_logits.device
     return PairLogps(
-        sequence_logps(chosen_logits, labels_from(chosen, score_from, device), average),
-        sequence_logps(rejected_logits, labels_from(rejected, score_from, device), average),
-        -sequence_logps(chosen_logits, labels_from(chosen, nll_from, device), average=True))
+        sequence_logps(chosen_logits, labels_from(x_chosen, score_from, device), average),
+        sequence_logps(rejected_logits, labels_from(x_rejected, score_from, device), average),
+        -sequence_logps(chosen_logits, labels_from(x_chosen, nll_from, device), average=True))
 
 
 def plain_logits(model, sequences: list[list[int]]) -> Tensor:
@@ -315,10 +290,42 @@ def pad(sequences: Sequence[Sequence[int]], value: int = 0) -> list[list[int]]:
 
 
 # =================================================================================================
-# The first reading ends here. What follows: how segments are generated, how pairs are scored with
-# less work for the same numbers, and how to find out what a model can do. Shapes: T is a padded
-# length, D the hidden size, V the vocabulary, N a number of tokens. A slot is a row of the cache.
+# The first reading ends here. What follows: other segments than SAPO's, how segments are generated,
+# how pairs are scored with less work for the same numbers, and how to find out what a model can do.
+# Shapes: T is a padded length, D the hidden size, V the vocabulary, N a number of tokens. A slot is
+# a row of the cache.
 # =================================================================================================
+
+# --------------------------------------------------------------------- other segments than SAPO's
+
+class SegmentPlan(NamedTuple):
+    """B is response[start:stop]; B' has at most `limit` tokens."""
+    start: int
+    stop: int
+    limit: int
+
+
+def plan_segment(response_len: int, segment_len: int, rng: np.random.Generator, tail: str = "keep",
+                 max_new_tokens: int = 256) -> SegmentPlan:
+    """choose_segment and its variants, with n for segment_len (or all of a shorter y+) and m for
+    max_new_tokens:
+
+                            B                              B' has at most             y-
+        SAPO                n tokens, anywhere in y+       n tokens                   A B' C
+        tail "drop"         the same                       n                          A B'
+        tail "rewrite"      from there to the end of y+    m - len(A), at least n     A B'
+        segment_len 0       all of y+                      m                          B'
+
+    Raises ValueError for another tail.
+    """
+    if tail not in ("keep", "drop", "rewrite"):
+        raise ValueError(f"tail must be 'keep', 'drop' or 'rewrite', not {tail!r}")
+    start, stop = choose_segment(response_len, segment_len or response_len, rng)
+    limit = stop - start if segment_len else max_new_tokens
+    if tail == "rewrite":
+        stop, limit = response_len, max(limit, max_new_tokens - start)
+    return SegmentPlan(start, stop, limit)
+
 
 # ---------------------------------------------------------------------- generation with a KV cache
 
@@ -433,8 +440,7 @@ def decode(model, decode_step: Callable, cache: KVCache, prefixes: list[list[int
     device = next(model.parameters()).device
     token = torch.tensor([prefix[-1] for prefix in prefixes], device=device)            # (slots,)
     position = torch.tensor([len(prefix) - 1 for prefix in prefixes], device=device)
-    # A finished slot keeps computing, but at its last position: the model may have no more. (One
-    # with a limit of 0 does so from the start.)
+    # A finished slot goes on, but never past its limit: the model may have no more positions.
     last_position = position + torch.tensor(limits, device=device).clamp(min=1) - 1
     forbid = torch.tensor(forbid_eos, device=device)
     columns = torch.arange(cache.columns, device=device)[None]

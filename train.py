@@ -60,23 +60,22 @@ from support.signals import Stop
 def train_policy(s: Settings, world: World, run: Run) -> None:
     """Set up, Algorithm 1, save.
 
-    The settings that choose the method:
+    s.loss is "orpo" or "dpo"; s.rejected says which method it is:
 
-                     s.loss            s.rejected   y- is written by    DPO's reference
-        SAPO         "orpo" or "dpo"   "ema"        the EMA model       by s.ref
-        on-policy    "orpo" or "dpo"   "policy"     the policy          by s.ref
-        SPIN         "orpo" or "dpo"   "spin"       its start (1)       its start (1)
-        ORPO, DPO    "orpo" or "dpo"   "data"       the data's author   by s.ref
-        SFT          "sft"             -            nobody              -
+                          s.rejected   y- is written by                            buffer
+        SAPO              "ema"        the EMA model                               s.buffer_size
+        on-policy         "policy"     the policy                                  s.buffer_size
+        SPIN              "spin"       the policy as it was when the round began   none
+        plain ORPO, DPO   "data"       the author of the data                      none
 
-    (1) the policy as it was when the round of SPIN began.
-    s.ref: "ema" or "policy", a copy of that model, renewed every s.ref_every steps; or "fixed", the
-    model that training starts from. None with ORPO, SFT and SPIN.
+    SFT is s.loss "sft", which has no y-. DPO's reference follows s.ref: "ema" or "policy" is a copy
+    of that model, renewed every s.ref_every steps; "fixed" is the model that training starts from.
+    In SPIN it is the model that writes y-.
     """
-    loaded = load(s, world)         # .model, .examples, .steps (how many to take) and more
+    loaded = load(s, world)         # .model, .examples, .steps (how many to take), .shortcuts
 
-    # The comments say what `world` does on one device. On several it shards models, or wraps the
-    # scorer in DDP.
+    # The comments say what `world` does on one device. On several it wraps the scorer in DDP, or
+    # shards the models.
     policy = world.prepare(loaded.model)        # loaded.model itself               # line 1
     buffer = ema = None
     if s.buffer_size:
@@ -85,21 +84,16 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
                               seed=[pair_sources.DRAW, s.seed, world.rank])
     if s.needs_ema:         # s.rejected or s.ref is "ema"
         ema = EMA(policy, s.ema_decay, s.ema_every,                                 # line 3
-                  model_copy=world.frozen_copy(loaded.model))       # a deepcopy
+                  model_copy=world.sharded_copy(loaded.model))      # None: EMA makes its own
     # frozen: the model behind DPO's reference, in SPIN also the one that writes y-; else None.
     frozen, reference_scorer = make_reference(s, world, loaded)
     if s.grad_checkpoint:
-        checkpoint_layers(policy)       # after the copies, which need no gradient
+        checkpoint_layers(policy)       # computes activations again in backward, for less memory
     scorer = world.wrap(world.scorer(policy, loaded.shortcuts, s.compile))      # a PairScorer
     optimizer = make_optimizer(s, policy)
 
-    rewriter = Rewriter(s, world, loaded)
-    if s.generates and s.rejected in ("ema", "policy"):
-        writer = ema.model if s.rejected == "ema" else policy
-        source = SegmentSource(s, world, loaded, rewriter, writer, ema)
-    else:
-        source = pair_sources.baseline_source(s, world, loaded, rewriter, policy, frozen, optimizer)
-
+    rewriter = Rewriter(s, world, loaded)       # calls make_pairs (second reading)
+    source = make_source(s, world, loaded, rewriter, policy, ema, frozen, optimizer)
     evaluate = Evaluation(s, world, loaded, policy, rewriter)
     # Restores the newest checkpoint where there is one (run.step, weights, buffer and all else),
     # and evaluates the start.
@@ -110,10 +104,11 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
 
     # ----------------------------------------------------------------------------- Algorithm 1
     for step in range(run.step + 1, loaded.steps + 1):                              # line 4
-        # Sampling stage. pairs_of is make_pairs in larger batches (second reading).
+        # Sampling stage. In SAPO, on one device, pairs_of is this, with larger batches:
+        #     make_pairs(ema.model, minibatch, s.segment_len, rngs, eos_token_id=..., ...)
         new_pairs = source.pairs_of(step)                                           # lines 6 to 10
         batch = [pair for pair in new_pairs
-                 if not s.skip_identical or pair.chosen != pair.rejected]
+                 if not (s.skip_identical and pair.chosen == pair.rejected)]
         if buffer is not None:
             for pair in batch:
                 buffer.add(pair)                                                    # line 11
@@ -125,7 +120,8 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
         metrics, nonfinite_rows = backward(                                         # line 15
             s, world, scorer, reference_scorer, batch, beta)
         run.lap("score")
-        # Clips the gradient, steps, and clears it. False: a loss or the gradient is not finite.
+        # Clips the gradient, steps, and clears it. False: a loss or the gradient is not finite, or
+        # no process had a pair to learn from.
         took_step = optimizer_step(s, world, policy, optimizer, lr, metrics)        # line 16
         if took_step and ema is not None:
             ema.update(policy)                                                      # line 17
@@ -133,6 +129,7 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
             followed = ema.model if s.ref == "ema" else policy
             frozen.load_state_dict(followed.state_dict())
         run.lap("update")
+        # Logs, evaluates and saves; raises Stopped after a signal.
         run.after_step(step, metrics, took_step, nonfinite_rows, new_pairs, batch)
     run.close(policy)
 
@@ -146,8 +143,9 @@ def backward(s: Settings, world: World, scorer, reference_scorer, pairs: list[Pa
     Returns the means of what is logged, and the rows whose loss is not finite.
     """
     metrics = LossMetrics(s)
-    # weight = processes / pairs of all processes: the mean over all pairs, once DDP has averaged
-    # over processes. Weight 0: a call that only keeps this process in step with the others.
+    # weight: on one device 1 / pairs, so the sum over micro-batches is the mean over pairs. On
+    # several it is chosen so that DDP's average over them is that mean; 0 is an empty call that
+    # keeps them in step.
     for micro_batch, weight in world.micro_batches(scorer, pairs, s.micro_batch):
         with world.precision():
             losses, policy_logps, rewards = compute_loss(
@@ -160,9 +158,10 @@ def backward(s: Settings, world: World, scorer, reference_scorer, pairs: list[Pa
 
 def compute_loss(s: Settings, scorer, reference_scorer, pairs: list[Pair], beta: float):
     """Line 15: losses (pairs,), the policy's PairLogps, and the rewards of y+ and y-."""
-    # DPO: sums, without A. ORPO: means per token. SFT: chosen_nll alone; its pairs have y- = y+.
+    # DPO: sums, without A. ORPO: means per token. SFT: chosen_nll alone.
     how = {"average": s.loss != "dpo", "skip_shared": s.loss == "dpo", "nll_on": s.nll_on}
-    policy_logps = chosen_logps, rejected_logps, chosen_nll = scorer(pairs, **how)
+    policy_logps = scorer(pairs, **how)
+    chosen_logps, rejected_logps, chosen_nll = policy_logps
     if s.loss == "sft":
         return chosen_nll, policy_logps, None
     if s.loss == "orpo":
@@ -176,16 +175,22 @@ def compute_loss(s: Settings, scorer, reference_scorer, pairs: list[Pair], beta:
 
 
 # =================================================================================================
-# The first reading ends here. On one device, the pairs of a step are nothing but
+# The first reading ends here. What follows makes larger batches of lines 6 to 10:
 #
-#     make_pairs(ema.model, minibatch, s.segment_len, rngs, eos_token_id=loaded.eos_ids, ...)
-#
-# and what follows makes larger batches of that:
-#
-#     pairs_of                hands out the pairs of a step; calls `make` where there are none yet
+#     pairs_of                (of PairSource, support/pair_sources.py) hands out pairs of a step,
+#                             and calls `make` where there are none yet
 #     SegmentSource.make      the mini-batches of all steps until the EMA model changes, as one list
 #     Rewriter                cuts the list into batches of like lengths, and calls make_pairs
 # =================================================================================================
+
+def make_source(s: Settings, world: World, loaded: Loaded, rewriter: "Rewriter", policy,
+                ema: EMA | None, frozen, optimizer) -> pair_sources.PairSource:
+    """Where the method gets its pairs from."""
+    if s.loss == "sft" or s.rejected not in ("ema", "policy"):
+        return pair_sources.baseline_source(s, world, loaded, rewriter, policy, frozen, optimizer)
+    writer = ema.model if s.rejected == "ema" else policy
+    return SegmentSource(s, world, loaded, rewriter, writer, ema)
+
 
 class Rewriter:
     """A model rewrites a segment of each of many chosen responses.

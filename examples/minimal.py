@@ -26,7 +26,7 @@ from ema import EMA
 from losses import orpo_loss
 from sapo import make_pairs, pair_logps
 
-policy = AutoModelForCausalLM.from_pretrained("data/model")
+policy = AutoModelForCausalLM.from_pretrained("data/model", dtype="float32")
 tokenizer = AutoTokenizer.from_pretrained("data/model")
 eos = tokenizer.eos_token_id
 with open("data/train.jsonl", encoding="utf-8") as file:

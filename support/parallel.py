@@ -78,6 +78,11 @@ class World:
             return sharded_copy(model, self.device, self.dtype, frozen=True).requires_grad_(False)
         return (model if in_place else copy.deepcopy(model)).requires_grad_(False)
 
+    def sharded_copy(self, model: nn.Module) -> nn.Module | None:
+        """A sharded copy of the model that was loaded, without gradients; None where models are
+        not sharded."""
+        return self.frozen_copy(model) if self.sharded else None
+
     def gather_full(self, model: nn.Module, trained: nn.Module) -> nn.Module:
         """`trained`, the policy or the EMA model, whole on rank 0. All processes together.
 
