@@ -113,20 +113,26 @@ def make_pairs(model, examples: Sequence[Example], segment_len: int,
                max_new_tokens: int | Sequence[int] = 256, **sampling) -> list[Pair]:
     """Algorithm 1 lines 7 to 10: `model`, the EMA model, rewrites a segment of each response.
 
-        chosen [1, 2, 3, 4, 5], segment_len 2, start 1, B' = [8, 9]
-        ->  rejected [1, 8, 9, 4, 5], start 1, stop 3, rejected_stop 3
+    For one example (x, y), without the variants below:
+
+        start, stop = choose_segment(len(y), segment_len, rng)                      # line 8
+        [[b]] = generate_segments(model, [x + y[:start]], stop - start, ...)        # line 9
+        pair = Pair(x, y, splice(y, start, stop, b, eos_token_id), start)           # line 10
+
+        y [1, 2, 3, 4, 5], segment_len 2, start 1, b [8, 9]
+        ->  chosen [1, 2, 3, 4, 5], rejected [1, 8, 9, 4, 5], start 1, stop 3, rejected_stop 3
 
     examples: (prompt, chosen[, example_id]) tuples of token ids.
     segment_len: B has this many tokens (N_seg), or all of a shorter y+; B' has at most as many.
     rng: draws where the segments lie (one generator, or one per example).
-    sampling: temperature, top_k, top_p, generator and decode_step of generate_segments.
-    Returns a list of Pair in the order of the examples. y- has no end token if it ends with B' and
-    B' has none. Raises ValueError on an empty response, and where generate_segments does.
+    sampling: passed on to generate_segments (temperature, top_k, top_p, generator, decode_step).
+    Returns a list of Pair in the order of the examples. Where B reaches the end of y+, y- lacks an
+    end token unless B' has one. Raises ValueError on an empty response, and where generate_segments
+    does.
 
-    Variants:
+    Variants, of no use in SAPO itself:
     num_rejected: rewrites per example, all of the same segment.
-    segment_len 0, tail, max_new_tokens (one, or one per example): see plan_segment. In SAPO itself
-    max_new_tokens plays no part.
+    segment_len 0, tail, max_new_tokens (one, or one per example): see plan_segment.
     segment_eos: "stop" ends y- at an end token in B'; "forbid" bans end tokens in B' where y+ goes
     on after B.
     """
@@ -138,7 +144,7 @@ def make_pairs(model, examples: Sequence[Example], segment_len: int,
 
     plans, prefixes, forbid_eos = [], [], []            # one entry per example
     for (prompt, chosen, _), example_rng, max_len in zip(examples, rngs, max_lens, strict=True):
-        # In SAPO: start and stop of choose_segment, and limit = stop - start.
+        # In SAPO: start and stop of choose_segment, limit = stop - start, end = len(chosen).
         plan = plan_segment(len(chosen), segment_len, example_rng, tail, max_len)           # line 8
         plans.append(plan)
         prefixes.append([*prompt, *chosen[:plan.start]])                                    # x A
@@ -147,13 +153,12 @@ def make_pairs(model, examples: Sequence[Example], segment_len: int,
         model, prefixes, [plan.limit for plan in plans], eos_token_id=eos_token_id,
         num_return=num_rejected, forbid_eos=forbid_eos, **sampling)
     pairs = []
-    for example, plan, rewrites in zip(examples, plans, segments, strict=True):
-        prompt, chosen, example_id = example
-        kept = chosen[:plan.stop] if tail == "drop" else chosen             # "drop": without C
+    for (prompt, chosen, example_id), (start, stop, _, end), rewrites in zip(
+            examples, plans, segments, strict=True):
         for segment in rewrites:
-            rejected = splice(kept, plan.start, plan.stop, segment, eos_token_id)          # line 10
-            pairs.append(Pair(prompt, chosen, rejected, plan.start, plan.stop,
-                              rejected_stop=plan.start + len(segment), example_id=example_id))
+            rejected = splice(chosen[:end], start, stop, segment, eos_token_id)            # line 10
+            pairs.append(Pair(prompt, chosen, rejected, start, stop,
+                              rejected_stop=start + len(segment), example_id=example_id))
     return pairs
 
 
@@ -183,11 +188,11 @@ def generate_segments(model, prefixes: Sequence[Sequence[int]],
     During the call, a model in training mode is in eval mode (no dropout). Raises ValueError for
     bad arguments (an empty prefix, what is no token id, lists of unequal length) and for a model
     that is wrapped or not causal; FloatingPointError where logits are not finite. Whether a model
-    can work with the cache is another question: check_generation.
+    can work with this cache at all is not tried here: run check_generation once.
     """
     refuse_model(model, "generate_segments", "pass the model inside the wrapper")
+    refuse_sampling(num_return, temperature, top_k, top_p)
     prefixes, limits, forbid = checked_prefixes(prefixes, max_new_tokens, forbid_eos)
-    refuse_sampling(num_return, temperature, top_k)
     eos_ids = eos_ids_of(eos_token_id)
     if not prefixes or max(limits) == 0:
         return [[[] for _ in range(num_return)] for _ in prefixes]
@@ -197,7 +202,7 @@ def generate_segments(model, prefixes: Sequence[Sequence[int]],
 
     with eval_mode(model):
         cache = prefill(model, prefixes, max(limits))
-        # num_return rows per prefix, copied from the one that was read: 0, 0, 1, 1, ...
+        # A slot is a row of the cache: one per prefix, then num_return copies of it (0, 0, 1, 1).
         slots = [i for i in range(len(prefixes)) for _ in range(num_return)]
         if num_return > 1:
             cache.select_slots(slots)
@@ -214,10 +219,12 @@ class PairLogps(NamedTuple):
 
         chosen_logps      y+: the sum over its tokens (DPO), or their mean (average=True, ORPO)
         rejected_logps    y-: the same
-        chosen_nll        minus a mean, the supervised term of ORPO, over
-                              y+                      nll_on="response"
-                              B C                     nll_on="response", skip_shared=True
-                              x and y+                nll_on="prompt"
+        chosen_nll        minus the mean over y+, the supervised term of ORPO; with nll_on="prompt"
+                          the mean is over x and y+
+
+    With skip_shared, for DPO, y+ is B C and y- is B' C (but not where x counts). A cancels in the
+    difference of two sums, so the loss, its gradient and the margin of the rewards stay as they
+    are. In ORPO's loss nothing cancels.
     """
     chosen_logps: Tensor
     rejected_logps: Tensor
@@ -229,9 +236,7 @@ def pair_logps(model, pairs: Sequence[Pair], average: bool = False,
                nll_on: str = "response") -> PairLogps:
     """Log-probabilities of both responses of each pair: (chosen_logps, rejected_logps, chosen_nll).
 
-    average, nll_on ("response" or "prompt"): see PairLogps.
-    skip_shared: score only what follows A. A cancels in the difference of two sums, so DPO's loss,
-    its gradient and the margin of its rewards stay as they are; ORPO's would not.
+    average, skip_shared, nll_on ("response" or "prompt"): see PairLogps.
     shortcuts: what find_shortcuts(model) found (second reading); None is plain, and right for every
     causal LM.
     Raises ValueError for an empty list, an empty prompt, values that are not token ids, a pair
@@ -254,7 +259,7 @@ def plain_pair_logps(model, pairs: Sequence[Pair], average: bool, skip_shared: b
     """The definition: run [x y+] and [x y-] through the model and add up log-probabilities."""
     x_chosen = [[*pair.prompt, *pair.chosen] for pair in pairs]
     x_rejected = [[*pair.prompt, *pair.rejected] for pair in pairs]
-    # The first column that counts: of the response, and for chosen_nll.
+    # The first column that counts in the responses, and in chosen_nll. (Column 0 never counts.)
     score_from = [len(pair.prompt) + (pair.start if skip_shared else 0) for pair in pairs]
     nll_from = score_from if nll_on == "response" else [0] * len(pairs)
     chosen_logits, rejected_logits = plain_logits(model, x_chosen), plain_logits(model, x_rejected)
@@ -299,22 +304,22 @@ def pad(sequences: Sequence[Sequence[int]], value: int = 0) -> list[list[int]]:
 # --------------------------------------------------------------------- other segments than SAPO's
 
 class SegmentPlan(NamedTuple):
-    """B is response[start:stop]; B' has at most `limit` tokens."""
+    """B is response[start:stop], C is response[stop:end]; B' has at most `limit` tokens."""
     start: int
     stop: int
     limit: int
+    end: int
 
 
 def plan_segment(response_len: int, segment_len: int, rng: np.random.Generator, tail: str = "keep",
                  max_new_tokens: int = 256) -> SegmentPlan:
-    """choose_segment and its variants, with n for segment_len (or all of a shorter y+) and m for
-    max_new_tokens:
+    """choose_segment and its variants. n: segment_len, or all of a shorter y+. m: max_new_tokens.
 
-                            B                              B' has at most             y-
-        SAPO                n tokens, anywhere in y+       n tokens                   A B' C
-        tail "drop"         the same                       n                          A B'
-        tail "rewrite"      from there to the end of y+    m - len(A), at least n     A B'
-        segment_len 0       all of y+                      m                          B'
+                            B                            B' has at most             y-
+        SAPO                n tokens, anywhere in y+     n tokens                   A B' C
+        tail "drop"         the same                     n                          A B', C is empty
+        tail "rewrite"      all of y+ behind A           m - len(A), at least n     A B'
+        segment_len 0       all of y+                    m                          B'
 
     Raises ValueError for another tail.
     """
@@ -324,7 +329,7 @@ def plan_segment(response_len: int, segment_len: int, rng: np.random.Generator, 
     limit = stop - start if segment_len else max_new_tokens
     if tail == "rewrite":
         stop, limit = response_len, max(limit, max_new_tokens - start)
-    return SegmentPlan(start, stop, limit)
+    return SegmentPlan(start, stop, limit, end=stop if tail == "drop" else response_len)
 
 
 # ---------------------------------------------------------------------- generation with a KV cache
@@ -762,11 +767,14 @@ def checked_prefixes(prefixes, max_new_tokens, forbid_eos) -> tuple[list, list, 
     return prefixes, limits, one_each(forbid_eos, prefixes, "forbid_eos")
 
 
-def refuse_sampling(num_return: int, temperature: float, top_k: int) -> None:
+def refuse_sampling(num_return: int, temperature: float, top_k: int, top_p: float) -> None:
     """Raise ValueError for numbers that nothing can be sampled with."""
-    if num_return < 1 or not temperature >= 0 or top_k < 0:             # NaN is not >= 0
-        raise ValueError("num_return must be at least 1, temperature and top_k at least 0, "
-                         f"not {num_return}, {temperature} and {top_k}")
+    if num_return < 1 or not temperature >= 0:                          # NaN is not >= 0
+        raise ValueError("num_return must be at least 1 and temperature at least 0, "
+                         f"not {num_return} and {temperature}")
+    if top_k < 0 or not 0 <= top_p <= 1:
+        raise ValueError(f"top_k must be at least 0 and top_p between 0 and 1, not {top_k} and "
+                         f"{top_p}")
 
 
 def checked_example(example: Sequence) -> Example:

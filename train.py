@@ -68,9 +68,11 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
         SPIN              "spin"       the policy as it was when the round began   none
         plain ORPO, DPO   "data"       the author of the data                      none
 
-    SFT is s.loss "sft", which has no y-. DPO's reference follows s.ref: "ema" or "policy" is a copy
-    of that model, renewed every s.ref_every steps; "fixed" is the model that training starts from.
-    In SPIN it is the model that writes y-.
+    SFT is s.loss "sft", which has neither y- nor a buffer. DPO's reference, by s.ref:
+
+        "ema", "policy"     a copy of that model, renewed every s.ref_every steps
+        "fixed"             the model that training starts from
+        None                in SPIN the model that writes y-; ORPO and SFT have no reference
     """
     loaded = load(s, world)         # .model, .examples, .steps (how many to take), .shortcuts
 
@@ -89,7 +91,8 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
     frozen, reference_scorer = make_reference(s, world, loaded)
     if s.grad_checkpoint:
         checkpoint_layers(policy)       # computes activations again in backward, for less memory
-    scorer = world.wrap(world.scorer(policy, loaded.shortcuts, s.compile))      # a PairScorer
+    # scorer(pairs, ...) is pair_logps(policy, pairs, ...)
+    scorer = world.wrap(world.scorer(policy, loaded.shortcuts, s.compile))
     optimizer = make_optimizer(s, policy)
 
     rewriter = Rewriter(s, world, loaded)       # calls make_pairs (second reading)
@@ -104,13 +107,17 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
 
     # ----------------------------------------------------------------------------- Algorithm 1
     for step in range(run.step + 1, loaded.steps + 1):                              # line 4
-        # Sampling stage. In SAPO, on one device, pairs_of is this, with larger batches:
-        #     make_pairs(ema.model, minibatch, s.segment_len, rngs, eos_token_id=..., ...)
+        # Sampling stage. What pairs_of comes to in SAPO, one step at a time and on one device:
+        #     minibatch = the next s.batch_size rows, shuffled anew in every epoch        # line 6
+        #     make_pairs(ema.model, minibatch, s.segment_len, ...)                # lines 7 to 10
         new_pairs = source.pairs_of(step)                                           # lines 6 to 10
-        batch = [pair for pair in new_pairs
-                 if not (s.skip_identical and pair.chosen == pair.rejected)]
-        if buffer is not None:
-            for pair in batch:
+        kept = new_pairs
+        if s.skip_identical:
+            kept = [pair for pair in new_pairs if pair.chosen != pair.rejected]
+        if buffer is None:
+            batch = kept
+        else:
+            for pair in kept:
                 buffer.add(pair)                                                    # line 11
             batch = buffer.sample(min(s.batch_size // world.size, len(buffer)))     # line 14
         run.lap("generate")
@@ -143,9 +150,8 @@ def backward(s: Settings, world: World, scorer, reference_scorer, pairs: list[Pa
     Returns the means of what is logged, and the rows whose loss is not finite.
     """
     metrics = LossMetrics(s)
-    # weight: on one device 1 / pairs, so the sum over micro-batches is the mean over pairs. On
-    # several it is chosen so that DDP's average over them is that mean; 0 is an empty call that
-    # keeps them in step.
+    # weight: on one device 1 / len(pairs), so that the micro-batches add up to the mean. (On more,
+    # so that they do after DDP's average; 0 in a call that only keeps a process in step.)
     for micro_batch, weight in world.micro_batches(scorer, pairs, s.micro_batch):
         with world.precision():
             losses, policy_logps, rewards = compute_loss(
@@ -158,9 +164,8 @@ def backward(s: Settings, world: World, scorer, reference_scorer, pairs: list[Pa
 
 def compute_loss(s: Settings, scorer, reference_scorer, pairs: list[Pair], beta: float):
     """Line 15: losses (pairs,), the policy's PairLogps, and the rewards of y+ and y-."""
-    # DPO: sums, without A. ORPO: means per token. SFT: chosen_nll alone.
-    how = {"average": s.loss != "dpo", "skip_shared": s.loss == "dpo", "nll_on": s.nll_on}
-    policy_logps = scorer(pairs, **how)
+    how = {"skip_shared": True} if s.loss == "dpo" else {"average": True}   # sums; means per token
+    policy_logps = scorer(pairs, nll_on=s.nll_on, **how)
     chosen_logps, rejected_logps, chosen_nll = policy_logps
     if s.loss == "sft":
         return chosen_nll, policy_logps, None
@@ -168,7 +173,8 @@ def compute_loss(s: Settings, scorer, reference_scorer, pairs: list[Pair], beta:
         losses, *rewards = orpo_loss(chosen_logps, rejected_logps, chosen_nll, s.lam)
     else:
         with torch.no_grad():
-            reference_chosen, reference_rejected, _ = reference_scorer(pairs, **how)
+            reference_chosen, reference_rejected, _ = reference_scorer(
+                pairs, nll_on=s.nll_on, **how)
         losses, *rewards = dpo_loss(chosen_logps, rejected_logps, reference_chosen,
                                     reference_rejected, beta, s.label_smoothing)
     return losses, policy_logps, rewards
@@ -188,8 +194,9 @@ def make_source(s: Settings, world: World, loaded: Loaded, rewriter: "Rewriter",
     """Where the method gets its pairs from."""
     if s.loss == "sft" or s.rejected not in ("ema", "policy"):
         return pair_sources.baseline_source(s, world, loaded, rewriter, policy, frozen, optimizer)
-    writer = ema.model if s.rejected == "ema" else policy
-    return SegmentSource(s, world, loaded, rewriter, writer, ema)
+    if s.rejected == "policy":
+        return SegmentSource(s, world, loaded, rewriter, policy, ema=None)
+    return SegmentSource(s, world, loaded, rewriter, ema.model, ema)
 
 
 class Rewriter:
@@ -228,7 +235,8 @@ class Rewriter:
 
 
 class SegmentSource(pair_sources.PairSource):
-    """The pairs of SAPO, and of on-policy training: `writer` is the EMA model, or the policy."""
+    """The pairs of SAPO, or of on-policy training. writer: the EMA model, or the policy; ema: the
+    EMA that says when the writer changes, or None where it changes at every step."""
 
     def __init__(self, s: Settings, world: World, loaded: Loaded, rewriter: Rewriter, writer,
                  ema: EMA | None):

@@ -44,8 +44,11 @@ class PairSource:
 
 def steps_at_once(s: Settings, world, ema) -> int:
     """How many steps' segments are generated in one go: those until the EMA model's refresh (two,
-    with --ema_every 2), as far as --generate_batch has room."""
-    if s.rejected == "policy":
+    with --ema_every 2), as far as --generate_batch has room.
+
+    ema: None where the policy writes, which changes at every step.
+    """
+    if ema is None:
         return 1
     room = s.generate_batch // (s.batch_size // world.size * s.num_rejected)
     # Also beyond the last step, for a run that is extended later.
