@@ -117,7 +117,8 @@ def make_pairs(model, examples: Sequence[Example], segment_len: int,
 
         start, stop = choose_segment(len(y), segment_len, rng)                      # line 8
         [[b]] = generate_segments(model, [x + y[:start]], stop - start, ...)        # line 9
-        pair = Pair(x, y, splice(y, start, stop, b, eos_token_id), start)           # line 10
+        rejected = splice(y, start, stop, b, eos_token_id)                          # line 10
+        pair = Pair(x, y, rejected, start, stop, rejected_stop=start + len(b))
 
         y [1, 2, 3, 4, 5], segment_len 2, start 1, b [8, 9]
         ->  chosen [1, 2, 3, 4, 5], rejected [1, 8, 9, 4, 5], start 1, stop 3, rejected_stop 3
@@ -153,10 +154,10 @@ def make_pairs(model, examples: Sequence[Example], segment_len: int,
         model, prefixes, [plan.limit for plan in plans], eos_token_id=eos_token_id,
         num_return=num_rejected, forbid_eos=forbid_eos, **sampling)
     pairs = []
-    for (prompt, chosen, example_id), (start, stop, _, end), rewrites in zip(
-            examples, plans, segments, strict=True):
+    for (prompt, chosen, example_id), plan, rewrites in zip(examples, plans, segments, strict=True):
+        start, stop = plan.start, plan.stop
         for segment in rewrites:
-            rejected = splice(chosen[:end], start, stop, segment, eos_token_id)            # line 10
+            rejected = splice(chosen[:plan.end], start, stop, segment, eos_token_id)       # line 10
             pairs.append(Pair(prompt, chosen, rejected, start, stop,
                               rejected_stop=start + len(segment), example_id=example_id))
     return pairs
@@ -172,9 +173,9 @@ def generate_segments(model, prefixes: Sequence[Sequence[int]],
                       decode_step: Callable | None = None) -> list[list[list[int]]]:
     """Continue each prefix (Algorithm 1 line 9); samples as model.generate(do_sample=True) does.
 
-    `prefill` reads the prefixes into a KV cache. `decode` then goes round by round: in a round the
-    model reads the last token of each row, with its cache, and the next token is drawn. A row is
-    done at an end token, or at its limit.
+    `prefill` reads each prefix but its last token into a KV cache. `decode` then goes round by
+    round: in a round the model reads the last token of each row, and the next token is drawn. A row
+    is done at an end token, or at its limit.
 
     prefixes: token ids, of any lengths but not empty. max_new_tokens: one, or one per prefix.
     eos_token_id: an id, several, or None.
@@ -202,13 +203,14 @@ def generate_segments(model, prefixes: Sequence[Sequence[int]],
 
     with eval_mode(model):
         cache = prefill(model, prefixes, max(limits))
-        # A slot is a row of the cache: one per prefix, then num_return copies of it (0, 0, 1, 1).
-        slots = [i for i in range(len(prefixes)) for _ in range(num_return)]
+        # A slot is a row of the cache, one per prefix. num_return 2 copies each: 0, 0, 1, 1, ...
         if num_return > 1:
+            slots = [i for i in range(len(prefixes)) for _ in range(num_return)]
             cache.select_slots(slots)
-        outputs = decode(
-            model, decode_step or plain_decode_step(model), cache, [prefixes[i] for i in slots],
-            [limits[i] for i in slots], [forbid[i] for i in slots], eos_ids, draw)
+            prefixes, limits, forbid = ([values[i] for i in slots]
+                                        for values in (prefixes, limits, forbid))
+        outputs = decode(model, decode_step or plain_decode_step(model), cache, prefixes, limits,
+                         forbid, eos_ids, draw)
     return [outputs[i:i + num_return] for i in range(0, len(outputs), num_return)]
 
 
@@ -217,14 +219,15 @@ def generate_segments(model, prefixes: Sequence[Sequence[int]],
 class PairLogps(NamedTuple):
     """What the losses need of a batch of pairs: (pairs,) each, in at least fp32.
 
-        chosen_logps      y+: the sum over its tokens (DPO), or their mean (average=True, ORPO)
-        rejected_logps    y-: the same
-        chosen_nll        minus the mean over y+, the supervised term of ORPO; with nll_on="prompt"
-                          the mean is over x and y+
+                              chosen_logps    rejected_logps    chosen_nll
+        is the                sum, or mean    sum, or mean      minus the mean
+        over the tokens of    A B C           A B' C            A B C
+        with skip_shared      B C             B' C              B C
+        with nll_on="prompt"  as above        as above          x A B C, also with skip_shared
 
-    With skip_shared, for DPO, y+ is B C and y- is B' C (but not where x counts). A cancels in the
-    difference of two sums, so the loss, its gradient and the margin of the rewards stay as they
-    are. In ORPO's loss nothing cancels.
+    The sums are for DPO, the means (average=True) for ORPO, chosen_nll is ORPO's supervised term.
+    skip_shared is for DPO alone: A cancels in the difference of two sums, so the loss, its gradient
+    and the margin of the rewards stay as they are.
     """
     chosen_logps: Tensor
     rejected_logps: Tensor
@@ -242,8 +245,7 @@ def pair_logps(model, pairs: Sequence[Pair], average: bool = False,
     Raises ValueError for an empty list, an empty prompt, values that are not token ids, a pair
     whose responses differ before `start`, and a model that is wrapped or not causal.
     """
-    refuse_model(model, "pair_logps", "wrap PairScorer(model) instead, and call that; a call past "
-                 "the wrapper leaves gradients unsynchronised")
+    refuse_model(model, "pair_logps", "wrap PairScorer(model) instead, and call that")
     if nll_on not in ("response", "prompt"):
         raise ValueError(f"nll_on must be 'response' or 'prompt', not {nll_on!r}")
     pairs = [checked_pair(pair) for pair in pairs]
@@ -259,7 +261,7 @@ def plain_pair_logps(model, pairs: Sequence[Pair], average: bool, skip_shared: b
     """The definition: run [x y+] and [x y-] through the model and add up log-probabilities."""
     x_chosen = [[*pair.prompt, *pair.chosen] for pair in pairs]
     x_rejected = [[*pair.prompt, *pair.rejected] for pair in pairs]
-    # The first column that counts in the responses, and in chosen_nll. (Column 0 never counts.)
+    # The first column that counts: behind x, or behind A; for chosen_nll perhaps x's first one.
     score_from = [len(pair.prompt) + (pair.start if skip_shared else 0) for pair in pairs]
     nll_from = score_from if nll_on == "response" else [0] * len(pairs)
     chosen_logits, rejected_logits = plain_logits(model, x_chosen), plain_logits(model, x_rejected)
@@ -529,7 +531,8 @@ class Shortcuts(NamedTuple):
 class PairScorer(nn.Module):
     """pair_logps as the forward of a module, for DDP or FSDP to wrap.
 
-    They synchronise gradients only for calls of the module that they wrap.
+    They synchronise gradients only for calls of the module that they wrap. A call past the wrapper
+    leaves gradients unsynchronised, so pair_logps refuses a wrapped model.
     """
 
     def __init__(self, model: nn.Module, shortcuts: Shortcuts | None = None):
@@ -749,11 +752,15 @@ def eos_ids_of(eos_token_id: int | Sequence[int] | None) -> list[int]:
 
 
 def as_ids(ids: Sequence[int], name: str) -> list[int]:
-    """Token ids as Python integers. Raises ValueError for text, fractions or nested lists."""
+    """Token ids as Python integers. Raises ValueError for text, fractions, nested lists and
+    negative numbers (-100 would go unscored)."""
     try:
-        return [operator.index(token) for token in ids]
+        checked = [operator.index(token) for token in ids]
     except TypeError:
-        raise ValueError(f"{name} must hold token ids, not {str(ids)[:40]!r}") from None
+        checked = [-1]
+    if min(checked, default=0) < 0:
+        raise ValueError(f"{name} must hold token ids, not {str(ids)[:40]!r}")
+    return checked
 
 
 def checked_prefixes(prefixes, max_new_tokens, forbid_eos) -> tuple[list, list, list]:

@@ -96,6 +96,7 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
     optimizer = make_optimizer(s, policy)
 
     rewriter = Rewriter(s, world, loaded)       # calls make_pairs (second reading)
+    # source.pairs_of(step): the new pairs of a step. SPIN's renews `frozen` and the optimizer, too.
     source = make_source(s, world, loaded, rewriter, policy, ema, frozen, optimizer)
     evaluate = Evaluation(s, world, loaded, policy, rewriter)
     # Restores the newest checkpoint where there is one (run.step, weights, buffer and all else),
@@ -151,7 +152,7 @@ def backward(s: Settings, world: World, scorer, reference_scorer, pairs: list[Pa
     """
     metrics = LossMetrics(s)
     # weight: on one device 1 / len(pairs), so that the micro-batches add up to the mean. (On more,
-    # so that they do after DDP's average; 0 in a call that only keeps a process in step.)
+    # see micro_batches: 0 for a call that only keeps this process in step.)
     for micro_batch, weight in world.micro_batches(scorer, pairs, s.micro_batch):
         with world.precision():
             losses, policy_logps, rewards = compute_loss(
@@ -173,8 +174,7 @@ def compute_loss(s: Settings, scorer, reference_scorer, pairs: list[Pair], beta:
         losses, *rewards = orpo_loss(chosen_logps, rejected_logps, chosen_nll, s.lam)
     else:
         with torch.no_grad():
-            reference_chosen, reference_rejected, _ = reference_scorer(
-                pairs, nll_on=s.nll_on, **how)
+            reference_chosen, reference_rejected, _ = reference_scorer(pairs, **how)
         losses, *rewards = dpo_loss(chosen_logps, rejected_logps, reference_chosen,
                                     reference_rejected, beta, s.label_smoothing)
     return losses, policy_logps, rewards
