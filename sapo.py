@@ -145,7 +145,7 @@ def make_pairs(model, examples: Sequence[Example], segment_len: int,
 
     plans, prefixes, forbid_eos = [], [], []            # one entry per example
     for (prompt, chosen, _), example_rng, max_len in zip(examples, rngs, max_lens, strict=True):
-        # In SAPO: start and stop of choose_segment, limit = stop - start, end = len(chosen).
+        # plan_segment calls choose_segment. In SAPO limit = stop - start and end = len(chosen).
         plan = plan_segment(len(chosen), segment_len, example_rng, tail, max_len)           # line 8
         plans.append(plan)
         prefixes.append([*prompt, *chosen[:plan.start]])                                    # x A
@@ -183,6 +183,7 @@ def generate_segments(model, prefixes: Sequence[Sequence[int]],
     (0: all), then top_p, in that order. generator: draws the tokens.
     Returns num_return token lists for each prefix; an end token is kept, as the last one.
 
+    Variants, and speed:
     num_return: continuations per prefix; the model reads the prefix once for all of them.
     forbid_eos: one bool, or one per prefix: no end token is produced there.
     decode_step: a faster replacement for plain_decode_step(model), which is the default.
@@ -209,8 +210,8 @@ def generate_segments(model, prefixes: Sequence[Sequence[int]],
             cache.select_slots(slots)
             prefixes, limits, forbid = ([values[i] for i in slots]
                                         for values in (prefixes, limits, forbid))
-        outputs = decode(model, decode_step or plain_decode_step(model), cache, prefixes, limits,
-                         forbid, eos_ids, draw)
+        outputs = decode(model, decode_step or plain_decode_step(model), cache, prefixes,
+                         limits=limits, forbid_eos=forbid, eos_ids=eos_ids, choose=draw)
     return [outputs[i:i + num_return] for i in range(0, len(outputs), num_return)]
 
 
@@ -219,15 +220,13 @@ def generate_segments(model, prefixes: Sequence[Sequence[int]],
 class PairLogps(NamedTuple):
     """What the losses need of a batch of pairs: (pairs,) each, in at least fp32.
 
-                              chosen_logps    rejected_logps    chosen_nll
-        is the                sum, or mean    sum, or mean      minus the mean
-        over the tokens of    A B C           A B' C            A B C
-        with skip_shared      B C             B' C              B C
-        with nll_on="prompt"  as above        as above          x A B C, also with skip_shared
+        chosen_logps        the sum over the tokens of y+ (DPO), or with average their mean (ORPO)
+        rejected_logps      the same of y-
+        chosen_nll          minus the mean over y+: ORPO's supervised term
 
-    The sums are for DPO, the means (average=True) for ORPO, chosen_nll is ORPO's supervised term.
-    skip_shared is for DPO alone: A cancels in the difference of two sums, so the loss, its gradient
-    and the margin of the rewards stay as they are.
+    skip_shared, for DPO alone: all three leave A out. A cancels in the difference of two sums, so
+    the loss, its gradient and the margin of the rewards stay as they are.
+    nll_on="prompt": chosen_nll is over x and y+, A included in any case.
     """
     chosen_logps: Tensor
     rejected_logps: Tensor
@@ -251,7 +250,7 @@ def pair_logps(model, pairs: Sequence[Pair], average: bool = False,
     pairs = [checked_pair(pair) for pair in pairs]
     if not pairs:
         raise ValueError("there are no pairs to score")
-    if shortcuts in (None, Shortcuts(False, False)):
+    if shortcuts is None or not any(shortcuts):
         return plain_pair_logps(model, pairs, average, skip_shared, nll_on)
     return fast_pair_logps(model, pairs, average, skip_shared, nll_on, shortcuts)
 
@@ -261,7 +260,8 @@ def plain_pair_logps(model, pairs: Sequence[Pair], average: bool, skip_shared: b
     """The definition: run [x y+] and [x y-] through the model and add up log-probabilities."""
     x_chosen = [[*pair.prompt, *pair.chosen] for pair in pairs]
     x_rejected = [[*pair.prompt, *pair.rejected] for pair in pairs]
-    # The first column that counts: behind x, or behind A; for chosen_nll perhaps x's first one.
+    # Count from the first token of y+ and y-, or with skip_shared from B and B' on; in chosen_nll
+    # from there, or from the start of x.
     score_from = [len(pair.prompt) + (pair.start if skip_shared else 0) for pair in pairs]
     nll_from = score_from if nll_on == "response" else [0] * len(pairs)
     chosen_logits, rejected_logits = plain_logits(model, x_chosen), plain_logits(model, x_rejected)

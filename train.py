@@ -60,25 +60,26 @@ from support.signals import Stop
 def train_policy(s: Settings, world: World, run: Run) -> None:
     """Set up, Algorithm 1, save.
 
-    s.loss is "orpo" or "dpo"; s.rejected says which method it is:
+    s: the settings. world: the processes, one unless torchrun starts more. run: the run's folder
+    with its checkpoints and reports. s.loss is "orpo" or "dpo"; s.rejected says which method it is:
 
                           s.rejected   y- is written by                            buffer
         SAPO              "ema"        the EMA model                               s.buffer_size
         on-policy         "policy"     the policy                                  s.buffer_size
-        SPIN              "spin"       the policy as it was when the round began   none
+        SPIN              "spin"       the policy as it was when the round began   none (size 0)
         plain ORPO, DPO   "data"       the author of the data                      none
 
     SFT is s.loss "sft", which has neither y- nor a buffer. DPO's reference, by s.ref:
 
-        "ema", "policy"     a copy of that model, renewed every s.ref_every steps
+        "ema", "policy"     a copy of that model, renewed every s.ref_every steps (the paper: "ema")
         "fixed"             the model that training starts from
         None                in SPIN the model that writes y-; ORPO and SFT have no reference
     """
     loaded = load(s, world)         # .model, .examples, .steps (how many to take), .shortcuts
 
-    # The comments say what `world` does on one device. On several it wraps the scorer in DDP, or
-    # shards the models.
-    policy = world.prepare(loaded.model)        # loaded.model itself               # line 1
+    # On one device prepare and wrap return what they are given, and sharded_copy None. On several
+    # devices `world` wraps the scorer in DDP, or shards the models.
+    policy = world.prepare(loaded.model)                                            # line 1
     buffer = ema = None
     if s.buffer_size:
         # DRAW: a number that keeps this use of the seed apart from others.
@@ -86,25 +87,27 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
                               seed=[pair_sources.DRAW, s.seed, world.rank])
     if s.needs_ema:         # s.rejected or s.ref is "ema"
         ema = EMA(policy, s.ema_decay, s.ema_every,                                 # line 3
-                  model_copy=world.sharded_copy(loaded.model))      # None: EMA makes its own
-    # frozen: the model behind DPO's reference, in SPIN also the one that writes y-; else None.
-    frozen, reference_scorer = make_reference(s, world, loaded)
+                  model_copy=world.sharded_copy(loaded.model))
+    # reference_scorer(pairs, ...) is pair_logps(reference, pairs, ...). Both are None with ORPO and
+    # SFT; in SPIN-ORPO `reference` alone is there, because in SPIN that model writes y-.
+    reference, reference_scorer = make_reference(s, world, loaded)
     if s.grad_checkpoint:
         checkpoint_layers(policy)       # computes activations again in backward, for less memory
     # scorer(pairs, ...) is pair_logps(policy, pairs, ...)
     scorer = world.wrap(world.scorer(policy, loaded.shortcuts, s.compile))
     optimizer = make_optimizer(s, policy)
 
-    rewriter = Rewriter(s, world, loaded)       # calls make_pairs (second reading)
-    # source.pairs_of(step): the new pairs of a step. SPIN's renews `frozen` and the optimizer, too.
-    source = make_source(s, world, loaded, rewriter, policy, ema, frozen, optimizer)
+    rewriter = Rewriter(s, world, loaded)       # make_pairs, in batches of like lengths
+    # source.pairs_of(step): the new pairs of a step. (SPIN's starts its rounds, too: reference and
+    # optimizer are renewed.)
+    source = make_source(s, world, loaded, rewriter, policy, ema, reference, optimizer)
     evaluate = Evaluation(s, world, loaded, policy, rewriter)
     # Restores the newest checkpoint where there is one (run.step, weights, buffer and all else),
     # and evaluates the start.
     run.open(loaded, evaluate,
              replicated_state={"policy": policy, "optimizer": optimizer, "ema": ema,
-                               "frozen": frozen},
-             per_rank_state={"buffer": buffer, "pending": source})
+                               "reference": reference},
+             per_rank_state={"buffer": buffer, "pending": source})      # pairs made ahead
 
     # ----------------------------------------------------------------------------- Algorithm 1
     for step in range(run.step + 1, loaded.steps + 1):                              # line 4
@@ -133,9 +136,10 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
         took_step = optimizer_step(s, world, policy, optimizer, lr, metrics)        # line 16
         if took_step and ema is not None:
             ema.update(policy)                                                      # line 17
-        if s.ref in ("policy", "ema") and step % s.ref_every == 0:      # renew DPO's reference
+        if s.ref in ("policy", "ema") and step % s.ref_every == 0:
+            # The paper renews DPO's reference, too (Section 5.3; not in Algorithm 1).
             followed = ema.model if s.ref == "ema" else policy
-            frozen.load_state_dict(followed.state_dict())
+            reference.load_state_dict(followed.state_dict())
         run.lap("update")
         # Logs, evaluates and saves; raises Stopped after a signal.
         run.after_step(step, metrics, took_step, nonfinite_rows, new_pairs, batch)
@@ -151,21 +155,21 @@ def backward(s: Settings, world: World, scorer, reference_scorer, pairs: list[Pa
     Returns the means of what is logged, and the rows whose loss is not finite.
     """
     metrics = LossMetrics(s)
-    # weight: on one device 1 / len(pairs), so that the micro-batches add up to the mean. (On more,
-    # see micro_batches: 0 for a call that only keeps this process in step.)
+    # On one device weight = 1 / len(pairs), so that the micro-batches add up to the mean.
     for micro_batch, weight in world.micro_batches(scorer, pairs, s.micro_batch):
         with world.precision():
             losses, policy_logps, rewards = compute_loss(
                 s, scorer, reference_scorer, micro_batch, beta)
         (weight * losses.sum()).backward()
-        if weight:
+        if weight:          # 0: a call that only keeps this process in step with others
             metrics.add(micro_batch, losses, policy_logps, rewards)
     return world.means(metrics.sums), metrics.nonfinite_rows
 
 
 def compute_loss(s: Settings, scorer, reference_scorer, pairs: list[Pair], beta: float):
     """Line 15: losses (pairs,), the policy's PairLogps, and the rewards of y+ and y-."""
-    how = {"skip_shared": True} if s.loss == "dpo" else {"average": True}   # sums; means per token
+    # DPO: sums, without A. ORPO: means per token.
+    how = {"skip_shared": True} if s.loss == "dpo" else {"average": True}
     policy_logps = scorer(pairs, nll_on=s.nll_on, **how)
     chosen_logps, rejected_logps, chosen_nll = policy_logps
     if s.loss == "sft":
@@ -190,13 +194,13 @@ def compute_loss(s: Settings, scorer, reference_scorer, pairs: list[Pair], beta:
 # =================================================================================================
 
 def make_source(s: Settings, world: World, loaded: Loaded, rewriter: "Rewriter", policy,
-                ema: EMA | None, frozen, optimizer) -> pair_sources.PairSource:
+                ema: EMA | None, reference, optimizer) -> pair_sources.PairSource:
     """Where the method gets its pairs from."""
-    if s.loss == "sft" or s.rejected not in ("ema", "policy"):
-        return pair_sources.baseline_source(s, world, loaded, rewriter, policy, frozen, optimizer)
-    if s.rejected == "policy":
+    if s.generates and s.rejected == "ema":
+        return SegmentSource(s, world, loaded, rewriter, ema.model, ema)
+    if s.generates and s.rejected == "policy":
         return SegmentSource(s, world, loaded, rewriter, policy, ema=None)
-    return SegmentSource(s, world, loaded, rewriter, ema.model, ema)
+    return pair_sources.baseline_source(s, world, loaded, rewriter, policy, reference, optimizer)
 
 
 class Rewriter:
@@ -229,14 +233,18 @@ class Rewriter:
                     num_rejected=num_rejected, tail=s.tail, segment_eos=s.segment_eos,
                     max_new_tokens=new_tokens(s, few), temperature=s.temperature, top_k=s.top_k,
                     top_p=s.top_p, generator=generator, decode_step=decode_step)
-                by_place |= zip(places, batches(pairs, num_rejected), strict=True)
+                for i, rewrites in zip(places, batches(pairs, num_rejected), strict=True):
+                    by_place[i] = rewrites
                 self.tokens_written += sum(pair.rejected_stop - pair.start for pair in pairs)
         return [by_place[i] for i in range(len(examples))]
 
 
 class SegmentSource(pair_sources.PairSource):
-    """The pairs of SAPO, or of on-policy training. writer: the EMA model, or the policy; ema: the
-    EMA that says when the writer changes, or None where it changes at every step."""
+    """The pairs of SAPO, or of on-policy training.
+
+    writer: the EMA model, or the policy.
+    ema: tells when the writer changes; None where that is at every step.
+    """
 
     def __init__(self, s: Settings, world: World, loaded: Loaded, rewriter: Rewriter, writer,
                  ema: EMA | None):
@@ -255,7 +263,8 @@ class SegmentSource(pair_sources.PairSource):
         steps = range(first_step, first_step + pair_sources.steps_at_once(s, world, self.ema))
         work = [(step, example) for step in steps
                 for example in pair_sources.minibatch(s, self.examples, step, world)]   # line 6
-        # A segment's place depends on its step and row, not on the number of processes.
+        # Where a segment lies depends on its step and row, not on the number of processes. Which
+        # tokens are drawn does.
         rngs = [np.random.default_rng([pair_sources.REWRITE, s.seed, step, example.example_id])
                 for step, example in work]
         generator = pair_sources.torch_generator(world, [pair_sources.REWRITE, s.seed, first_step])

@@ -53,14 +53,14 @@ def load(s, world) -> Loaded:
 
 
 def make_reference(s, world, loaded: Loaded) -> tuple[nn.Module | None, nn.Module | None]:
-    """The model behind DPO's reference, and what scores pairs with it; None where none is needed.
+    """DPO's reference model, and what scores pairs with it; None where none is needed.
 
     The model starts as what training starts from, or as --ref_model. SPIN writes y- with it, too.
     """
-    frozen = reference_scorer = None
+    reference = reference_scorer = None
     if s.ref or (s.generates and s.rejected == "spin"):
         # A --ref_model is used by nothing else, so it needs no copy.
-        frozen = world.frozen_copy(loaded.reference, in_place=bool(s.ref_model))
+        reference = world.frozen_copy(loaded.reference, in_place=bool(s.ref_model))
     if s.loss == "dpo":
-        reference_scorer = world.scorer(frozen, loaded.reference_shortcuts)
-    return frozen, reference_scorer
+        reference_scorer = world.scorer(reference, loaded.reference_shortcuts)
+    return reference, reference_scorer

@@ -92,24 +92,25 @@ class SpinSource(PairSource):
     The frozen policy is the reference, too, and the optimizer starts afresh.
     """
 
-    def __init__(self, s: Settings, world, loaded, rewriter: Callable, policy, frozen, optimizer):
+    def __init__(self, s: Settings, world, loaded, rewriter: Callable, policy, reference,
+                 optimizer):
         """rewriter(model, examples, rngs, num_rejected, generator): a list of pairs per example."""
         super().__init__()
         self.s, self.world, self.rewriter = s, world, rewriter
         self.examples, self.total_steps = loaded.examples, loaded.steps
-        self.policy, self.frozen, self.optimizer = policy, frozen, optimizer
+        self.policy, self.reference, self.optimizer = policy, reference, optimizer
 
     def make(self, step: int) -> dict[int, list[Pair]]:
         """The pairs of a whole round."""
         s, steps = self.s, range(step, spin_round(self.s, step, self.total_steps)[1].stop)
-        self.frozen.load_state_dict(self.policy.state_dict())
+        self.reference.load_state_dict(self.policy.state_dict())
         self.optimizer.state.clear()
         # One process answers a prompt, once, for all processes and all epochs of the round.
         used = sorted(set(example_order(s, len(self.examples), steps)))
         share = [self.examples[i] for i in used[self.world.rank::self.world.size]]
         rngs = [np.random.default_rng([ANSWER, s.seed, steps.start, e.example_id]) for e in share]
         generator = torch_generator(self.world, [ANSWER, s.seed, steps.start])
-        pairs = self.rewriter(self.frozen, share, rngs, s.num_rejected, generator)
+        pairs = self.rewriter(self.reference, share, rngs, s.num_rejected, generator)
         answers = {few[0].example_id: few for part in self.world.gather(pairs) for few in part}
         return {step: [pair._replace(step=step)
                        for example in minibatch(s, self.examples, step, self.world)
@@ -117,11 +118,11 @@ class SpinSource(PairSource):
                 for step in steps}
 
 
-def baseline_source(s: Settings, world, loaded, rewriter: Callable, policy, frozen,
+def baseline_source(s: Settings, world, loaded, rewriter: Callable, policy, reference,
                     optimizer) -> PairSource:
     """The source of pairs of a method whose y- is not a rewritten segment."""
     if s.generates:
-        return SpinSource(s, world, loaded, rewriter, policy, frozen, optimizer)
+        return SpinSource(s, world, loaded, rewriter, policy, reference, optimizer)
     return ColumnSource(s, world, loaded)
 
 

@@ -96,7 +96,7 @@ def parts(seed: int):
     for i in range(5):
         buffer.add(Pair(prompt=[seed, i], chosen=[1, 2], rejected=[1, 3], start=1))
     buffer.sample(2)
-    return {"policy": policy, "optimizer": optimizer, "ema": ema, "frozen": None}, {
+    return {"policy": policy, "optimizer": optimizer, "ema": ema, "reference": None}, {
         "buffer": buffer}
 
 
