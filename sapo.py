@@ -173,9 +173,9 @@ def generate_segments(model, prefixes: Sequence[Sequence[int]],
                       decode_step: Callable | None = None) -> list[list[list[int]]]:
     """Continue each prefix (Algorithm 1 line 9); samples as model.generate(do_sample=True) does.
 
-    `prefill` reads each prefix but its last token into a KV cache. `decode` then goes round by
-    round: in a round the model reads the last token of each row, and the next token is drawn. A row
-    is done at an end token, or at its limit.
+    `prefill` reads each prefix but its last token into a KV cache, which has a slot (row) per
+    prefix. `decode` then goes round by round: in a round the model reads the last token of each
+    slot, and the next token is drawn. A slot is done at an end token, or at its limit.
 
     prefixes: token ids, of any lengths but not empty. max_new_tokens: one, or one per prefix.
     eos_token_id: an id, several, or None.
@@ -204,8 +204,7 @@ def generate_segments(model, prefixes: Sequence[Sequence[int]],
 
     with eval_mode(model):
         cache = prefill(model, prefixes, max(limits))
-        # A slot is a row of the cache, one per prefix. num_return 2 copies each: 0, 0, 1, 1, ...
-        if num_return > 1:
+        if num_return > 1:          # copies of each slot; for 2: 0, 0, 1, 1, ...
             slots = [i for i in range(len(prefixes)) for _ in range(num_return)]
             cache.select_slots(slots)
             prefixes, limits, forbid = ([values[i] for i in slots]
@@ -260,9 +259,9 @@ def plain_pair_logps(model, pairs: Sequence[Pair], average: bool, skip_shared: b
     """The definition: run [x y+] and [x y-] through the model and add up log-probabilities."""
     x_chosen = [[*pair.prompt, *pair.chosen] for pair in pairs]
     x_rejected = [[*pair.prompt, *pair.rejected] for pair in pairs]
-    # Count from the first token of y+ and y-, or with skip_shared from B and B' on; in chosen_nll
-    # from there, or from the start of x.
+    # The first column that counts: of y+ and y-, or with skip_shared of B and B'.
     score_from = [len(pair.prompt) + (pair.start if skip_shared else 0) for pair in pairs]
+    # In chosen_nll the same, or with "prompt" from the start of x.
     nll_from = score_from if nll_on == "response" else [0] * len(pairs)
     chosen_logits, rejected_logits = plain_logits(model, x_chosen), plain_logits(model, x_rejected)
     device = chosen_logits.device

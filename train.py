@@ -20,11 +20,12 @@ This file is Algorithm 1 of the paper, and the comments carry its line numbers:
     16            update the policy
     17            EMA model <- decay * EMA model + (1 - decay) * policy                [3]
 
-(Lines without content are left out.) This code departs from the printed algorithm in three places.
+(Lines without content are left out.) This code departs from the printed algorithm in four places.
 [1] The paper writes "A and B": B would give the model the text that it has to replace.
 [2] Where B' holds an end token, the response ends there and C is dropped.
 [3] The EMA model changes every --ema_every steps only, as Section 5.1 says. It is constant until
     then, so the pairs of these steps are made in one batch.
+[4] With DPO the reference is renewed every --ref_every steps, as Section 5.3 says.
 For choices that the paper leaves open see the README's table "Paper, authors' code, this code".
 
 The baselines (ORPO, DPO, SFT, SPIN, on-policy) are settings of the same loop. First reading: to the
@@ -137,8 +138,7 @@ def train_policy(s: Settings, world: World, run: Run) -> None:
         if took_step and ema is not None:
             ema.update(policy)                                                      # line 17
         if s.ref in ("policy", "ema") and step % s.ref_every == 0:
-            # The paper renews DPO's reference, too (Section 5.3; not in Algorithm 1).
-            followed = ema.model if s.ref == "ema" else policy
+            followed = ema.model if s.ref == "ema" else policy                      # [4]
             reference.load_state_dict(followed.state_dict())
         run.lap("update")
         # Logs, evaluates and saves; raises Stopped after a signal.
