@@ -363,11 +363,13 @@ GOOD = Pair([5, 6], [7, 8, 9], [7, 8, 4], 2)
     ([GOOD._replace(start=3)], "differ before start 3"), ([GOOD._replace(start=4)], "lies outside"),
     ([GOOD._replace(start=-1)], "lies outside"),
     ([GOOD._replace(chosen="abc")], "chosen of a pair"),
+    ([GOOD._replace(chosen=[7, 8, -100])], "chosen of a pair must hold token ids"),
     ([GOOD._replace(rejected=[7.0, 8.0])], "rejected of a pair must hold token ids"),
     ([GOOD._replace(prompt=[[5, 6]])], "prompt of a pair must hold token ids"),
     ([GOOD._replace(prompt=np.array([5.5]))], "prompt of a pair must hold token ids")])
 def test_pairs_that_cannot_be_scored_are_refused(pairs, words):
-    """A wrong start, no pairs, no prompt, text or fractions for ids: one sentence each."""
+    """A wrong start, no pairs, no prompt, text, fractions or negative numbers for ids: one sentence
+    each. (-100 would go unscored.)"""
     for shortcuts in (None, Shortcuts(True, True)):
         with pytest.raises(ValueError, match=words):
             pair_logps(MODEL, pairs, shortcuts=shortcuts)
@@ -416,9 +418,10 @@ def test_arguments_without_sense_are_refused(call, words):
 
 
 @pytest.mark.parametrize("arguments", [
-    {"num_return": 0}, {"temperature": -1.0}, {"temperature": float("nan")}])
+    {"num_return": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1},
+    {"top_p": 1.5}, {"top_p": float("nan")}])
 def test_sampling_settings_without_sense_are_refused(arguments):
-    """num_return 0 and a negative or NaN temperature get a sentence."""
+    """num_return 0, and a temperature, top_k or top_p out of range or NaN, get a sentence."""
     with pytest.raises(ValueError, match=next(iter(arguments))):
         generate_segments(MODEL, [[5]], 3, eos_token_id=2, **arguments)
 
