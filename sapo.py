@@ -1,8 +1,8 @@
 """The method of SAPO (Self-Augmented Preference Optimization, arXiv 2405.20830).
 
 x is the prompt, y+ = A B C the chosen response and y- = A B' C the rejected one. All are token ids;
-nothing is decoded and tokenized again. `model` is any causal LM of transformers
-(the section "talking to models" says what it takes to be another one).
+nothing is decoded and tokenized again. `model` is any causal LM of transformers.
+(For other models see the section "talking to models".)
 
 First reading, to the double line, a third into this file:
 
@@ -187,6 +187,7 @@ def generate_segments(model, prefixes: Sequence[Sequence[int]],
     num_return: continuations per prefix; the model reads the prefix once for all of them.
     forbid_eos: one bool, or one per prefix: no end token is produced there.
     decode_step: a faster replacement for plain_decode_step(model), which is the default.
+
     During the call, a model in training mode is in eval mode (no dropout). Raises ValueError for
     bad arguments (an empty prefix, what is no token id, lists of unequal length) and for a model
     that is wrapped or not causal; FloatingPointError where logits are not finite. Whether a model

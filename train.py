@@ -29,8 +29,8 @@ This file is Algorithm 1 of the paper, and the comments carry its line numbers:
 For choices that the paper leaves open see the README's table "Paper, authors' code, this code".
 
 The baselines (ORPO, DPO, SFT, SPIN, on-policy) are settings of the same loop. First reading: to the
-double line; behind it stands how lines 6 to 10 are batched. support/ has what is not the method:
-loading, checkpoints, reports, several processes.
+double line. Second reading, after it: lines 6 to 10 in larger batches. support/ has what is not the
+method: loading, checkpoints, reports, several processes.
 """
 import support.threads  # noqa: F401  (before torch: how its threads wait, docs/speed.md)
 

@@ -2,6 +2,7 @@
 
 SAPO's own source is SegmentSource in train.py.
 """
+import abc
 from collections.abc import Callable
 
 import numpy as np
@@ -15,7 +16,7 @@ from support.tokenize_rows import Examples, TokenizedExample
 ORDER, REWRITE, ANSWER, DRAW = 1, 2, 3, 4   # random streams: no two uses share their numbers
 
 
-class PairSource:
+class PairSource(abc.ABC):
     """This process's new pairs of each step. Subclasses say in `make` where pairs come from.
 
     pending: {step: pairs} that were made along with an earlier step's and not used yet. They are
@@ -25,9 +26,9 @@ class PairSource:
     def __init__(self):
         self.pending: dict[int, list[Pair]] = {}
 
+    @abc.abstractmethod
     def make(self, step: int) -> dict[int, list[Pair]]:
         """{step: its pairs}, for this step and for any later ones."""
-        raise NotImplementedError
 
     def pairs_of(self, step: int) -> list[Pair]:
         """The pairs of a step; steps are asked for one after the other, each once."""

@@ -189,6 +189,8 @@ class Run:
             number = epochs_ended(s, len(self.examples), step, self.steps)
             self._save_model(self.replicated_state["policy"], f"epochs/{number}", step)
         ending = world.sum([self.stop.asked])[0] > 0
+        if ending:
+            self.stop.heard_elsewhere()
         if ending or (s.save_every and step % s.save_every == 0):
             self._save(step)
         if ending:

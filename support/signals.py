@@ -52,6 +52,15 @@ class Stop:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._handlers_before = {}
 
+    def heard_elsewhere(self) -> None:
+        """The request reached another process of the run, and this one ends with it.
+
+        What comes here later, within seconds, is the same request.
+        """
+        if not self.asked:
+            self.asked = True
+            self._first_signal, self._first_time = signal.SIGTERM, time.monotonic()
+
     def _handle(self, number, frame) -> None:
         if self.asked:
             if not self._repeats_first(number):

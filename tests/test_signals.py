@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import forked, status_of
 
 from support import signals
 from support.signals import Stop
@@ -135,6 +136,22 @@ def test_a_signal_before_training(start):
     process.send_signal(TERM)
     said = process.communicate(timeout=30)[1]
     assert process.returncode == 3 and said.startswith("stopped by a signal before training began")
+
+
+def test_a_request_that_another_process_got_counts_here():
+    """A process that ends because another one got the signal keeps its handlers: its own copy of
+    the signal, which comes a moment later, does not change its exit status."""
+    def ends():
+        stop = Stop()
+        stop.listen()
+        stop.training = True
+        stop.heard_elsewhere()
+        stop.restore()
+        os.kill(os.getpid(), TERM)
+        time.sleep(0.05)
+        sys.exit(3)
+
+    assert status_of(forked(ends)) == 3
 
 
 def test_handlers_are_given_back():
