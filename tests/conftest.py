@@ -192,6 +192,9 @@ class StopAfter:
         self.left -= 1
         return self.left <= 0
 
+    def heard_elsewhere(self) -> None:
+        """There are no handlers to keep."""
+
 
 # -------------------------------------------------------------------------------------- processes
 
