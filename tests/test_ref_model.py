@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (
+    StopAfter,
     flag_value,
     own_buffer,
     read_records,
@@ -42,11 +43,6 @@ def saved_reference(tiny_run, folder: Path, **changes) -> Path:
             "bos_token_id": None, "intermediate_size": 48, **changes}).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
-
-
-def stop_at_once():
-    """For train.train: a signal that came before the first step ends."""
-    return type("Stop", (), {"asked": True, "training": False})()
 
 
 @pytest.mark.parametrize("flags", [DPO, "--loss dpo --ref fixed", "--loss dpo --rejected data"])
@@ -129,7 +125,7 @@ def test_a_reference_that_changed_is_refused_on_resume(tiny_run, reference, tmp_
     train.train(parse([*flags, "--out", str(tmp_path / "whole")]))
     for out in (tmp_path / "a", tmp_path / "b"):
         with pytest.raises(Stopped):
-            train.train(parse([*flags, "--out", str(out)]), stop_at_once())
+            train.train(parse([*flags, "--out", str(out)]), StopAfter(1))
     train.train(parse(["--resume", str(tmp_path / "a")]))
     assert same_state(dict(weights(tmp_path / "a")), dict(weights(tmp_path / "whole")))
     monkeypatch.setattr(train, "backward", lambda *arguments: pytest.fail("it trained"))

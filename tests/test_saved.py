@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import (
+    StopAfter,
     check_same_run,
     flag_value,
     parsed,
@@ -227,8 +228,7 @@ def test_two_processes_save_all_pairs(tiny_run, tmp_path):
 
     def stopped():
         with pytest.raises(Stopped):
-            train.train(parse([*flags, "--out", str(out)]), SimpleNamespace(
-                asked=True, training=False))
+            train.train(parse([*flags, "--out", str(out)]), StopAfter(1))
 
     assert two_processes(stopped) == [0, 0]
     assert two_processes(lambda: resume(out)) == [0, 0]
