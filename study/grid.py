@@ -130,6 +130,14 @@ def main_table(testbed: str) -> Table:
     return Table(f"How do the methods compare on *{testbed}*?", testbed, MAIN, FIVE, control="SFT")
 
 
+def parts_table(loss: str) -> Table:
+    return Table("What do the EMA model, the buffer and the segment each do?", "habits",
+                 [Row("EMA model, buffer (SAPO)", f"sapo-{loss}"),
+                  *as_tuned(*(f"{part}-{loss}"
+                              for part in ("ema-only", "buffer-only", "on-policy", "whole")))],
+                 THREE, control="EMA model, buffer (SAPO)")
+
+
 # name -> table, in the order in which study/run.py runs them
 TABLES = {
     "main-habits": main_table("habits"),
@@ -139,11 +147,7 @@ TABLES = {
              tuple(tried | steps for tried in FEW_ROWS_TRIED[name] for steps in FEW_ROWS_STEPS),
              control=f"SFT, {rows} rows")
          for rows in FEW_ROWS for name in FEW_ROWS_TRIED], THREE),
-    "parts": Table(
-        "What do the EMA model, the buffer and the segment each do?", "habits",
-        [Row("EMA model, buffer (SAPO)", "sapo-{loss}"),
-         *as_tuned("ema-only-{loss}", "buffer-only-{loss}", "on-policy-{loss}", "whole-{loss}")],
-        THREE, control="EMA model, buffer (SAPO)"),
+    "parts": parts_table("{loss}"),
     "tail": Table(
         "What does the seam between B' and C cost?", "habits",
         [Row("keep: A B' C (SAPO)", "sapo-{loss}"),
@@ -165,6 +169,9 @@ TABLES = {
     "worse-new-rows": Table(
         "Is y- worse on *new-rows*?", "new-rows", as_tuned("sapo-dpo", "sapo-orpo"), range(1),
         watch={"save_pairs": True}),
+    # ORPO's supervised term alone does as well as SAPO-ORPO on *habits*. With DPO pairs are all
+    # there is.
+    "parts-dpo": parts_table("dpo"),
     "reference": Table(
         "Which reference does SAPO-DPO need?", "habits",
         [Row("EMA model, every 1/4 of the run (SAPO-DPO)", "sapo-dpo"),
