@@ -163,11 +163,11 @@ TABLES = {
         THREE, watch={"save_pairs": True}),
     "main-same-rows": main_table("same-rows"),
     "worse-same-rows": Table(
-        "Is y- worse on *same-rows*?", "same-rows", as_tuned("sapo-dpo", "sapo-orpo"), range(1),
+        "Is y- worse on *same-rows*?", "same-rows", as_tuned("sapo-dpo", "sapo-orpo"), THREE,
         watch={"save_pairs": True}),
     "main-new-rows": main_table("new-rows"),
     "worse-new-rows": Table(
-        "Is y- worse on *new-rows*?", "new-rows", as_tuned("sapo-dpo", "sapo-orpo"), range(1),
+        "Is y- worse on *new-rows*?", "new-rows", as_tuned("sapo-dpo", "sapo-orpo"), THREE,
         watch={"save_pairs": True}),
     # ORPO's supervised term alone does as well as SAPO-ORPO on *habits*. With DPO pairs are all
     # there is.
