@@ -130,12 +130,16 @@ def main_table(testbed: str) -> Table:
     return Table(f"How do the methods compare on *{testbed}*?", testbed, MAIN, FIVE, control="SFT")
 
 
-def parts_table(loss: str) -> Table:
-    return Table("What do the EMA model, the buffer and the segment each do?", "habits",
-                 [Row("EMA model, buffer (SAPO)", f"sapo-{loss}"),
-                  *as_tuned(*(f"{part}-{loss}"
-                              for part in ("ema-only", "buffer-only", "on-policy", "whole")))],
-                 THREE, control="EMA model, buffer (SAPO)")
+SAPO_PARTS = "EMA model, buffer (SAPO)"
+
+
+def parts_at_sapos_settings(loss: str) -> list[Row]:
+    """SAPO with one part taken away, or two, and nothing tuned again."""
+    return [Row(f"{title}, SAPO's settings", f"sapo-{loss}", change) for title, change in (
+        ("EMA model, no buffer", NO_BUFFER),
+        ("policy, buffer", ON_POLICY),
+        ("policy, no buffer", ON_POLICY | NO_BUFFER),
+        ("whole response", WHOLE))]
 
 
 # name -> table, in the order in which study/run.py runs them
@@ -147,7 +151,12 @@ TABLES = {
              tuple(tried | steps for tried in FEW_ROWS_TRIED[name] for steps in FEW_ROWS_STEPS),
              control=f"SFT, {rows} rows")
          for rows in FEW_ROWS for name in FEW_ROWS_TRIED], THREE),
-    "parts": parts_table("{loss}"),
+    "parts": Table(
+        "What do the EMA model, the buffer and the segment each do?", "habits",
+        [Row(SAPO_PARTS, "sapo-{loss}"),
+         *as_tuned("ema-only-{loss}", "buffer-only-{loss}", "on-policy-{loss}", "whole-{loss}"),
+         *parts_at_sapos_settings("{loss}")],
+        THREE, control=SAPO_PARTS),
     "tail": Table(
         "What does the seam between B' and C cost?", "habits",
         [Row("keep: A B' C (SAPO)", "sapo-{loss}"),
@@ -171,7 +180,9 @@ TABLES = {
         watch={"save_pairs": True}),
     # ORPO's supervised term alone does as well as SAPO-ORPO on *habits*. With DPO pairs are all
     # there is.
-    "parts-dpo": parts_table("dpo"),
+    "parts-dpo": Table(
+        "What do the parts do where pairs are the only signal?", "habits",
+        [Row(SAPO_PARTS, "sapo-dpo"), *parts_at_sapos_settings("dpo")], THREE, control=SAPO_PARTS),
     "reference": Table(
         "Which reference does SAPO-DPO need?", "habits",
         [Row("EMA model, every 1/4 of the run (SAPO-DPO)", "sapo-dpo"),
@@ -194,16 +205,16 @@ TABLES = {
         THREE, control="SAPO"),
     "ema-buffer": Table(
         "EMA decay, EMA interval, size of the buffer?", "habits",
-        [IS_SAPO,
+        [Row("SAPO: decay 0.5, every 2 steps, 512 pairs", "sapo-{loss}"),
          *[Row(f"decay {decay}", "sapo-{loss}", {"ema_decay": decay})
            for decay in (0.0, 0.9, 0.99)],
-         *[Row(f"EMA every {every} steps", "sapo-{loss}", {"ema_every": every})
-           for every in (1, 8)],
+         Row("EMA every step", "sapo-{loss}", {"ema_every": 1}),
+         Row("EMA every 8 steps", "sapo-{loss}", {"ema_every": 8}),
          *[Row(f"buffer of {size} pairs", "sapo-{loss}", {"buffer_size": size})
-           for size in (128, 512, 2000)],
+           for size in (128, 2000)],
          # 2.1 epochs of 512 rows: the authors' 16,000 pairs for 7,600 rows.
          Row("buffer of 1075 pairs, 2.1 epochs", "sapo-{loss}", {"buffer_size": 1075})],
-        THREE, control="SAPO"),
+        THREE, control="SAPO: decay 0.5, every 2 steps, 512 pairs"),
     "epochs": Table(
         "What do more epochs do?", "habits",
         [Row("SAPO", "sapo-{loss}", {"steps": Share(3)}),

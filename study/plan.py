@@ -164,14 +164,18 @@ def at_edge(tried: Sequence[dict], chosen: dict) -> list[str]:
                                 max(each[name] for each in tried))]
 
 
-def training_cpu_seconds(line: dict) -> float:
-    """CPU seconds of the training parts: generating, scoring, updating.
+def cpu_seconds(line: dict, part: str) -> float:
+    """CPU seconds of a part of the run: "generate", "score", "update", "evaluate" or "other".
 
-    Their wall-clock seconds, times the share of the wall-clock time in which the process had a
-    core. So waiting for a core does not count; what a busy machine slows down besides does.
+    Its wall-clock seconds, times the share of the wall-clock time in which the process had a core.
+    So waiting for a core does not count; what a busy machine slows down besides does.
     """
-    wall = sum(line["seconds"][part] for part in ("generate", "score", "update"))
-    return wall * line["cpu_seconds"] / line["wall_seconds"]
+    return line["seconds"][part] * line["cpu_seconds"] / line["wall_seconds"]
+
+
+def training_cpu_seconds(line: dict) -> float:
+    """CPU seconds of the training parts: generating, scoring, updating."""
+    return sum(cpu_seconds(line, part) for part in ("generate", "score", "update"))
 
 
 # --------------------------------------------------------------------------------------------- rows

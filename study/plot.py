@@ -19,7 +19,7 @@ import matplotlib  # noqa: E402
 import matplotlib.pyplot as plt  # noqa: E402
 
 from study.grid import FEW_ROWS, FEW_ROWS_TRIED, METHODS, TABLES, TESTBEDS  # noqa: E402
-from study.plan import Results, read_results  # noqa: E402
+from study.plan import Results, read_results, training_cpu_seconds  # noqa: E402
 from study.run import RESULTS  # noqa: E402
 from study.tables import curve, deviation, generated_until, mean, measured  # noqa: E402
 
@@ -163,9 +163,9 @@ def draw_cost(results: Results) -> plt.Figure | None:
 def cost_curve(line: dict) -> list[tuple[float, float, float]]:
     """(CPU seconds, generated tokens, exact match) at each evaluation of a run."""
     share = line["cpu_seconds"] / line["wall_seconds"]
-    training = sum(line["seconds"][part] for part in ("generate", "score", "update"))
-    seconds = [0.0, *(each["seconds"] for each in line["evaluations"]), training]
-    return [(at * share, generated_until(line, step), match)
+    seconds = [0.0, *(each["seconds"] * share for each in line["evaluations"]),
+               training_cpu_seconds(line)]
+    return [(at, generated_until(line, step), match)
             for at, (step, match) in zip(seconds, curve(line), strict=True)]
 
 

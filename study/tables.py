@@ -28,6 +28,7 @@ from study.plan import (  # noqa: E402
     Run,
     at_edge,
     best,
+    cpu_seconds,
     plan_row,
     planned,
     read_results,
@@ -279,13 +280,12 @@ def cost_of_match(line: dict, match: float) -> tuple[float, float] | None:
     """CPU seconds of training and tokens generated until an evaluation first shows this exact
     match; None where none does."""
     share = line["cpu_seconds"] / line["wall_seconds"]
-    training = sum(line["seconds"][part] for part in ("generate", "score", "update"))
-    reached = [*((each["step"], each["seconds"], each["exact_match"])
+    reached = [*((each["step"], each["seconds"] * share, each["exact_match"])
                  for each in line["evaluations"]),
-               (line["steps"], training, line["after"]["exact_match"])]
+               (line["steps"], training_cpu_seconds(line), line["after"]["exact_match"])]
     for step, seconds, found in reached:
         if found >= match:
-            return seconds * share, generated_until(line, step)
+            return seconds, generated_until(line, step)
     return None
 
 
@@ -297,7 +297,7 @@ def cost(results: Results) -> str:
         if not runs:
             lines.append([each.row.title, NOT_RUN, *[""] * (2 + len(MATCHES))])
             continue
-        cells = [f"{1000 * mean([line['seconds'][part] / line['steps'] for line in runs]):.0f}"
+        cells = [f"{1000 * mean([cpu_seconds(line, part) / line['steps'] for line in runs]):.0f}"
                  for part in ("generate", "score", "update")]
         for match in MATCHES:
             costs = [cost_of_match(line, match) for line in runs]
@@ -311,7 +311,7 @@ def cost(results: Results) -> str:
     return (f"*{table.testbed}, {len(table.seeds)} seeds. CPU seconds of training and tokens "
             f"generated until an evaluation on {table.evaluate['eval_rows']:,} held-out rows shows "
             "the exact match; in brackets, how many seeds reach it*\n\n" + markdown(
-                ["run", "ms per step: generate", "score", "update",
+                ["run", "CPU ms per step: generate", "score", "update",
                  *(f"to {match:g}" for match in MATCHES)], lines))
 
 
