@@ -31,7 +31,8 @@ class EMA:
         decay 0.5, update_every 1, theta_ema 0, theta 1  ->  theta_ema 0.5, then 0.75, then 0.875
 
     trainable_only: parameters with requires_grad=False, and buffers, are shared with the policy,
-    not copied (for adapters on a frozen or quantised base).
+    not copied (for adapters on a frozen or quantised base). Merge adapters into a deep copy of the
+    policy only: merging writes into the base, which the EMA model shares.
     model_copy: a copy of `model` made elsewhere, for models that can't be deep-copied (sharded
     ones); nothing is shared then.
 

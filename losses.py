@@ -5,7 +5,8 @@ name the batch. A log-probability is in nats. "logps" holds one number per seque
 its tokens or, with average=True, their mean. DPO takes sums, ORPO takes means. Equations: arXiv
 2405.20830.
 
-    chosen_logps = sequence_logps(model(ids).logits, labels)    # labels: -100 on prompt and padding
+    # padding on the right; labels: the ids, with -100 on prompt and padding
+    chosen_logps = sequence_logps(model(ids).logits, labels)
     losses, chosen_rewards, rejected_rewards = dpo_loss(
         chosen_logps, rejected_logps, reference_chosen_logps, reference_rejected_logps)
     losses.mean().backward()

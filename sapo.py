@@ -51,7 +51,7 @@ class Example(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A preference pair as token ids.
+    """A preference pair as token ids, without padding.
 
         chosen    y+ = A | B  | C       cut at start and stop
         rejected  y- = A | B' | C       cut at start and rejected_stop; C may be missing here
@@ -850,6 +850,8 @@ def find_shortcuts(model) -> Shortcuts:
         for shortcuts in dict.fromkeys(best_first):
             try:
                 error = (score(fast_pair_logps, pairs, shortcuts) - expected).norm()
+            except torch.OutOfMemoryError:
+                raise
             except Exception:           # whatever a model raises at input that it does not know
                 continue
             if error <= tolerance * effect:
@@ -884,6 +886,8 @@ def head_can_be_split(model, tokens: list[int], tolerance: float) -> bool:
             if not error.abs().max() <= tolerance * size:
                 return False
         return True
+    except torch.OutOfMemoryError:
+        raise
     except Exception:                   # a model that has no such parts
         return False
 
@@ -894,6 +898,10 @@ def check_generation(model, decode_step: Callable | None = None) -> None:
     The model decodes given answers, and their logits are compared. The logits differ for models
     that are not causal, keep another kind of cache (Mamba), or have a window by column.
     decode_step: the step to try; None tries the plain one.
+
+    The answers are short. So a model that rotates all positions anew from some length on is not
+    refused (rope_type "longrope", as in Phi 3.5, and "dynamic"): keep its sequences within
+    original_max_position_embeddings ("dynamic": max_position_embeddings).
     """
     refuse_model(model, "check_generation", "pass the model inside the wrapper")
     steps: list[Tensor] = []
@@ -914,6 +922,8 @@ def check_generation(model, decode_step: Callable | None = None) -> None:
                 error = (torch.stack(steps, 1)[i] - expected).abs().mean()
                 if not error <= (0.1 if low_precision else 1e-3) * expected.std():
                     raise ValueError("its logits differ from those without a cache")
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:      # whatever a model raises at a cache that it does not know
             raise ValueError(
                 f"{type(model).__name__} can't generate with KVCache: {error}") from error

@@ -22,6 +22,8 @@ What changes in the calls of the modules:
   reference = EMA(policy, decay=0, update_every=108, trainable_only=True), after each step
   reference.update(ema.model), and pair_logps(reference.model, ...).
 - find_shortcuts(policy) is called after peft has wrapped the model.
+- Merge the adapter into a deep copy only (full_copy below): merge_and_unload writes into the base,
+  which the EMA model shares.
 """
 import sys
 from pathlib import Path
@@ -126,8 +128,8 @@ def load_examples(tokenizer) -> list[tuple[list[int], list[int]]]:
 def main() -> None:
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained("data/model")
-    train(AutoModelForCausalLM.from_pretrained("data/model"), load_examples(tokenizer),
-          tokenizer.eos_token_id)
+    model = AutoModelForCausalLM.from_pretrained("data/model", dtype="float32")
+    train(model, load_examples(tokenizer), tokenizer.eos_token_id)
     shared, copies = compare_memory(LlamaConfig(**SMOLLM2_135M))
     print(f"SmolLM2-135M's shape in fp32, policy, EMA model and reference:\n"
           f"  one base and two adapters  {shared:7.1f} MB\n"

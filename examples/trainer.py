@@ -13,6 +13,9 @@ Takes about 17 seconds of one core with the second command and prints:
     {'train_runtime': '16.42', ...}
 
 Traps of such a host:
+- Load the policy in fp32: with a high decay an EMA model in bf16 stalls.
+- Where weights are random (new adapters), seed all processes alike before. DDP gives the policy of
+  every process the weights of the first one, but not the EMA models that were copied before.
 - Make the EMA model before the Trainer. A host may replace the forward of the model (for mixed
   precision, for instance); a copy made after that may run the policy. EMA refuses such a model.
 - Give the Trainer PairScorer(policy), and call what compute_loss is given. With several processes
@@ -22,11 +25,12 @@ Traps of such a host:
 - Move the EMA model in on_step_end, which comes once per optimizer step; compute_loss is called
   once per micro-batch.
 - Switch dropout off again: the Trainer puts the model in training mode before each micro-batch.
+  In eval mode transformers does no gradient checkpointing.
 - Several GPUs need torchrun. In a single process the Trainer takes DataParallel, which does not
   split a list of pairs: every GPU would get all of them.
 - Trainer.evaluate calls the scorer with the batch itself, not with pairs. Evaluate in another way.
 - Save the policy. The Trainer's own checkpoints hold the scorer, but not the EMA model and not the
-  buffer (both have state_dict).
+  buffer (both have state_dict). With tied weights, as here, the Trainer can't write one at all.
 """
 import sys
 from pathlib import Path
@@ -105,7 +109,7 @@ def main() -> None:
         output_dir="runs/trainer", max_steps=20, per_device_train_batch_size=16, learning_rate=1e-4,
         lr_scheduler_type="constant", logging_steps=5, disable_tqdm=True, save_strategy="no",
         report_to="none", remove_unused_columns=False, ddp_find_unused_parameters=False)
-    policy = AutoModelForCausalLM.from_pretrained("data/model").to(args.device)
+    policy = AutoModelForCausalLM.from_pretrained("data/model", dtype="float32").to(args.device)
     tokenizer = AutoTokenizer.from_pretrained("data/model")
     sapo = Sapo(policy, tokenizer.eos_token_id, args.process_index)
     scorer = PairScorer(policy, find_shortcuts(policy))

@@ -128,8 +128,15 @@ def hub_options(settings: Settings) -> dict:
 
 
 def positions_of(config) -> int | None:
-    """Most tokens that a model of this configuration reads, None where nothing limits them."""
+    """Most tokens that a model of this configuration reads, None where nothing limits them.
+
+    With longrope (Phi 3.5), as many as its short factors are for: once a sequence is longer, all
+    its positions are rotated in another way, and the keys in the KV cache no longer fit.
+    """
     text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope" and rope.get("original_max_position_embeddings"):
+        return rope["original_max_position_embeddings"]
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         if getattr(text, name, None):
             return getattr(text, name)

@@ -337,6 +337,14 @@ def test_the_trainers_checkpoints_hold_the_scorer_alone(tmp_path):
     assert restored.items == host.sapo.buffer.items and len(restored) == 16
 
 
+def test_the_trainer_writes_no_checkpoint_of_tied_weights(tmp_path):
+    """The trap: with tied weights the Trainer raises where it should write a checkpoint."""
+    host = make_trainer(example("trainer"), tiny(tie_word_embeddings=True), tmp_path)
+    host.args.save_strategy, host.args.save_steps = "steps", 4
+    with pytest.raises(RuntimeError, match="share memory"):
+        host.train()
+
+
 def test_data_parallel_gives_every_device_all_pairs():
     """The trap: DataParallel does not split a list of pairs between devices."""
     pairs = [Pair([5], [6, 7], [6, 8], 1), Pair([9], [6], [7], 0)]

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import huggingface_hub.utils
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,7 +24,7 @@ from support.models import (
 )
 from support.parallel import World
 from support.settings import parse
-from test_sapo import tiny
+from test_sapo import greedy, random_ids, tiny
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -95,6 +96,22 @@ def test_positions_have_several_names():
                        ("mpt", "max_seq_len")):
         assert positions_of(CONFIG_MAPPING[kind](**{name: 48})) == 48
     assert positions_of(CONFIG_MAPPING["bloom"]()) is None
+
+
+def test_longrope_limits_the_positions_to_its_short_factors():
+    """Phi 3.5 and Phi 4 mini rotate every position in another way once a sequence is longer than
+    original_max_position_embeddings. The KV cache holds keys of the first way then, and decoding
+    across that length is wrong, so these are the positions that the program counts with."""
+    longrope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4,
+                "long_factor": [8.0] * 4, "original_max_position_embeddings": 64, "factor": 4.0}
+    model = tiny("phi3", max_position_embeddings=256, original_max_position_embeddings=64,
+                 rope_parameters=longrope)
+    assert positions_of(model.config) == 64
+    rng = np.random.default_rng(0)
+    for prefix_len, exact in ((40, True), (60, False)):
+        prefix = random_ids(rng, prefix_len)
+        [[found]] = generate_segments(model, [prefix], 20, eos_token_id=None, temperature=0)
+        assert (found == greedy(model, prefix, 20, None)) == exact
 
 
 @pytest.mark.parametrize("removed", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight"])

@@ -5,7 +5,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sapo
-from sapo import Pair, Shortcuts, find_shortcuts, pair_logps, shared_layout
+from sapo import (
+    Pair,
+    Shortcuts,
+    check_generation,
+    find_shortcuts,
+    pair_logps,
+    shared_layout,
+)
 from test_sapo import IDS, plain_logps, some_pairs, tiny
 
 
@@ -86,6 +93,21 @@ def test_a_model_with_few_positions_is_scored_plainly():
     """40 positions are too few for the trial of find_shortcuts: the answer is plain scoring."""
     model = tiny("gpt2", n_embd=32, n_layer=2, n_head=4, max_position_embeddings=40)
     assert find_shortcuts(model) == Shortcuts(False, False)
+
+
+def test_a_trial_without_memory_says_so(monkeypatch):
+    """Where a trial runs out of memory, that is the error: not "no shortcut", and not a ValueError
+    that the model can't generate."""
+    def fails(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for name, trial in (("fast_pair_logps", find_shortcuts), ("prefill", check_generation)):
+        with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+            patch.setattr(sapo, name, fails)
+            trial(tiny())
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(sapo.copy, "copy", fails)     # of head_can_be_split
+        find_shortcuts(tiny())
 
 
 def test_one_token_and_nothing_to_score():
