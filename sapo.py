@@ -899,8 +899,8 @@ def check_generation(model, decode_step: Callable | None = None) -> None:
     that are not causal, keep another kind of cache (Mamba), or have a window by column.
     decode_step: the step to try; None tries the plain one.
 
-    The answers are short. So a model that rotates all positions anew from some length on is not
-    refused (rope_type "longrope", as in Phi 3.5, and "dynamic"): keep its sequences within
+    The answers are short, so a model whose rotary embedding changes beyond some length is not
+    refused (rope_type "longrope", as in Phi 3.5, and "dynamic"). Keep its sequences within
     original_max_position_embeddings ("dynamic": max_position_embeddings).
     """
     refuse_model(model, "check_generation", "pass the model inside the wrapper")

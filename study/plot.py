@@ -19,9 +19,9 @@ import matplotlib  # noqa: E402
 import matplotlib.pyplot as plt  # noqa: E402
 
 from study.grid import FEW_ROWS, FEW_ROWS_TRIED, METHODS, TABLES, TESTBEDS  # noqa: E402
-from study.plan import Results, read_results, training_cpu_seconds  # noqa: E402
+from study.plan import Results, read_results  # noqa: E402
 from study.run import RESULTS  # noqa: E402
-from study.tables import curve, deviation, generated_until, mean, measured  # noqa: E402
+from study.tables import cost_curve, curve, deviation, mean, measured  # noqa: E402
 
 FIGURES = REPOSITORY / "docs" / "figures"
 matplotlib.use("Agg")
@@ -158,15 +158,6 @@ def draw_cost(results: Results) -> plt.Figure | None:
     panels[1].set(xlabel="tokens generated, thousands", title="habits")
     panels[0].legend(frameon=False)
     return figure
-
-
-def cost_curve(line: dict) -> list[tuple[float, float, float]]:
-    """(CPU seconds, generated tokens, exact match) at each evaluation of a run."""
-    share = line["cpu_seconds"] / line["wall_seconds"]
-    seconds = [0.0, *(each["seconds"] * share for each in line["evaluations"]),
-               training_cpu_seconds(line)]
-    return [(at, generated_until(line, step), match)
-            for at, (step, match) in zip(seconds, curve(line), strict=True)]
 
 
 DRAWN = {"main": draw_main, "few-rows": draw_few_rows, "epochs": draw_epochs, "worse": draw_worse,

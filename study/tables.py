@@ -276,17 +276,21 @@ def generated_until(line: dict, step: int) -> float:
     return line["generated_tokens"] * step / line["steps"]
 
 
+def cost_curve(line: dict) -> list[tuple[float, float, float]]:
+    """(CPU seconds of training, generated tokens, exact match) at the start of a run, at each of
+    its evaluations, and at its end."""
+    share = line["cpu_seconds"] / line["wall_seconds"]
+    seconds = [0.0, *(each["seconds"] * share for each in line["evaluations"]),
+               training_cpu_seconds(line)]
+    return [(at, generated_until(line, step), match)
+            for at, (step, match) in zip(seconds, curve(line), strict=True)]
+
+
 def cost_of_match(line: dict, match: float) -> tuple[float, float] | None:
     """CPU seconds of training and tokens generated until an evaluation first shows this exact
     match; None where none does."""
-    share = line["cpu_seconds"] / line["wall_seconds"]
-    reached = [*((each["step"], each["seconds"] * share, each["exact_match"])
-                 for each in line["evaluations"]),
-               (line["steps"], training_cpu_seconds(line), line["after"]["exact_match"])]
-    for step, seconds, found in reached:
-        if found >= match:
-            return seconds, generated_until(line, step)
-    return None
+    return next(((seconds, tokens) for seconds, tokens, found in cost_curve(line)
+                 if found >= match), None)
 
 
 def cost(results: Results) -> str:
