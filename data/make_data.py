@@ -10,6 +10,7 @@ carries a `check`, a regular expression. A response is right when the check matc
 in it as in the chosen response, in the same order. So every intermediate step counts, not only the
 last number. The wording of an answer is fixed: where two answers to a prompt differ, one of them is
 wrong. So `rejected` is always worse than `chosen`, and so is every rewrite that differs from it.
+With --free_wording, answers that say the same in other words are right as well.
 
 --rows N      as many other rows as asked, written one at a time. No prompt comes twice, and none is
               in train.jsonl or heldout.jsonl beside this file
@@ -19,6 +20,8 @@ wrong. So `rejected` is always worse than `chosen`, and so is every rewrite that
 --no_carry P  this share of the rows (0 to 1) adds without carrying, see add_without_carrying. They
               are there to train a base model with a bad habit. Where the habit changes the answer,
               the row has neither `rejected` nor `check`: its `chosen` is itself wrong (0)
+--free_wording  the words of every answer are drawn from PHRASINGS, `chosen` and `rejected` each for
+              itself. The check of such a row counts all words but those
 """
 import argparse
 import hashlib
@@ -26,6 +29,7 @@ import json
 import operator
 import os
 import random
+import re
 import sys
 from collections.abc import Callable, Iterator
 from itertools import cycle, islice
@@ -194,27 +198,65 @@ def letters(rng: random.Random) -> Question:
 # Spelling is easy, so it comes half as often as each of the others.
 FAMILIES = [*[running_sum, money_left, shopping, sorting, weekdays] * 2, letters]
 
+# With free wording, each phrase on the left becomes one of those on the right, which mean the same.
+PHRASINGS = {
+    " + ": (" + ", " and ", " add "),
+    " - ": (" - ", " less "),
+    " * ": (" * ", " at "),
+    " = ": (" = ", " is ", " are "),
+    "first ": ("first ", ""),
+    "then ": ("then ", "and ", ""),
+    ", total ": (", total ", ", in all "),
+    "least ": ("least ", "take "),
+    ", left ": (", left ", ", then "),
+    ", or ": (", or ", " or ", " are "),
+    ": ": (": ", ", "),
+    "Sum: ": ("Sum: ", "Total: ", "Sum is "),
+    "Left: ": ("Left: ", "Left are "),
+    "Total: ": ("Total: ", "Sum: ", "Total is "),
+    "Sorted: ": ("Sorted: ", "List: "),
+    "Day: ": ("Day: ", "Day is "),
+    "Letters: ": ("Letters: ", "Total: ")}
+PHRASE = re.compile("|".join(map(re.escape, sorted(PHRASINGS, key=len, reverse=True))))
+# What counts in an answer: every word, or every word that is in no phrase.
+EVERY_WORD = r"\w+"
+FREE_WORDS = sorted({word for phrases in PHRASINGS.values() for phrase in phrases
+                     for word in re.findall(EVERY_WORD, phrase)})
+OTHER_WORDS = rf"\b(?!(?:{'|'.join(FREE_WORDS)})\b)\w+"
 
-def make_row(rng: random.Random, habit_rng: random.Random, no_carry: float = 0.0) -> dict:
+
+def reword(rng: random.Random, answer: str) -> str:
+    """The answer with its phrases drawn anew, each for itself.
+
+        then 41 + 55 = 96  ->  and 41 add 55 = 96        then 41 + 55 = 96  ->  41 and 55 are 96
+    """
+    return PHRASE.sub(lambda found: rng.choice(PHRASINGS[found[0]]), answer)
+
+
+def make_row(rng: random.Random, habit_rng: random.Random, no_carry: float = 0.0,
+             wording_rng: random.Random | None = None) -> dict:
     """One row: a chat of two or three user turns, the right answer, a wrong one, and the check.
 
     no_carry: the probability that the answer adds without carrying. habit_rng decides whether it
-    does, so that the prompts are the same at any probability.
+    does, so that the prompts are the same at any probability. wording_rng: draws the wording of the
+    answers (None: it is fixed).
     """
     chat, answer, steps = rng.choice(FAMILIES)(rng)
     roles = cycle(["user", "assistant"])
     chosen, rejected = answer(-1, operator.add), answer(rng.randrange(steps), operator.add)
     while rejected == chosen:
         rejected = answer(rng.randrange(steps), operator.add)
+
+    def worded(text: str) -> dict:
+        return {"role": "assistant", "content": reword(wording_rng, text) if wording_rng else text}
     row = {"prompt": [{"role": role, "content": content}
                       for role, content in zip(roles, chat, strict=False)]}      # roles: endless
     if habit_rng.random() < no_carry:
         habit = answer(-1, add_without_carrying)
         if habit != chosen:
-            return row | {"chosen": [{"role": "assistant", "content": habit}]}
-    return row | {"chosen": [{"role": "assistant", "content": chosen}],
-                  "rejected": [{"role": "assistant", "content": rejected}],
-                  "check": r"\w+"}
+            return row | {"chosen": [worded(habit)]}
+    return row | {"chosen": [worded(chosen)], "rejected": [worded(rejected)],
+                  "check": OTHER_WORDS if wording_rng else EVERY_WORD}
 
 
 def digest(row: dict) -> bytes:
@@ -222,11 +264,13 @@ def digest(row: dict) -> bytes:
     return hashlib.blake2b(json.dumps(row["prompt"]).encode(), digest_size=16).digest()
 
 
-def make_rows(seed: int, avoided: set[bytes], no_carry: float = 0.0) -> Iterator[dict]:
+def make_rows(seed: int, avoided: set[bytes], no_carry: float = 0.0,
+              free_wording: bool = False) -> Iterator[dict]:
     """Rows without end, no prompt twice. avoided: digests of prompts that are left out."""
     rng, habit_rng, seen = random.Random(seed), random.Random(f"habit {seed}"), set(avoided)
+    wording_rng = random.Random(f"wording {seed}") if free_wording else None
     while True:
-        row = make_row(rng, habit_rng, no_carry)
+        row = make_row(rng, habit_rng, no_carry, wording_rng)
         key = digest(row)
         if key not in seen:
             seen.add(key)
@@ -266,6 +310,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--avoid", type=Path, action="append")
     parser.add_argument("--no_carry", type=float)
+    parser.add_argument("--free_wording", action="store_true", default=None)
     parser.error = refuse               # one sentence, without the usage
     given = parser.parse_args(arguments)
     if given.rows is None:
@@ -305,8 +350,8 @@ def main(arguments: list[str]) -> None:
         except (OSError, ValueError) as error:
             refuse(f"{file}: can't read its prompts ({getattr(error, 'strerror', None) or error})")
     try:
-        write_rows(given.out, islice(make_rows(given.seed or 0, avoided, given.no_carry or 0.0),
-                                     given.rows))
+        rows = make_rows(given.seed or 0, avoided, given.no_carry or 0.0, bool(given.free_wording))
+        write_rows(given.out, islice(rows, given.rows))
     except OSError as error:
         refuse(f"--out {given.out}: can't write it ({error.strerror})")
 

@@ -15,7 +15,16 @@ from typing import NamedTuple
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from study.grid import METHODS, TUNE, TUNING_SEED, WATCHING, Row, Share, Table  # noqa: E402
+from study.grid import (  # noqa: E402
+    METHODS,
+    OTHER_TUNE,
+    TUNE,
+    TUNING_SEED,
+    WATCHING,
+    Row,
+    Share,
+    Table,
+)
 from support.settings import Settings, parse  # noqa: E402
 
 # Settings that change nothing of what is learned and measured, apart from those of WATCHING.
@@ -50,8 +59,8 @@ class Run(NamedTuple):
         own = dict(with_shares(METHODS[self.method].flags, self.testbed))
         shown = {name: value for name, value in self.flags
                  if own.get(name) != value and name not in TUNE}
-        part = "tune" if dict(self.flags).get("eval_data") == TUNE["eval_data"] else ""
-        return " ".join([self.testbed, self.method, *([part] if part else []),
+        is_tuning = dict(self.flags).get("eval_data") == tune_flags(self.testbed)["eval_data"]
+        return " ".join([self.testbed, self.method, *["tune"] * is_tuning,
                          *(f"{name}={value}" for name, value in shown.items()),
                          f"seed={self.seed}"])
 
@@ -101,6 +110,11 @@ def run_id(words: tuple[str, ...]) -> str:
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def tune_flags(testbed: str) -> dict:
+    """The held-out rows that the settings of a testbed's methods are chosen on."""
+    return OTHER_TUNE.get(testbed, TUNE)
+
+
 def steps_of(testbed: str) -> int:
     """Optimizer steps of a run on a testbed."""
     return settings_of((f"@{testbed_file(testbed)}",)).steps
@@ -143,8 +157,8 @@ def read_results(path: Path) -> list[dict]:
 def best(results: Results, candidates: list[Run]) -> Run | None:
     """The candidate with the highest exact match, at equal match with the lower nll.
 
-    None where a candidate is not done. Candidates are tuning runs: their lines are measured on
-    study/data/tune.jsonl.
+    None where a candidate is not done. Candidates are tuning runs: their lines are measured on the
+    rows of tune_flags().
     """
     lines = [results.line_of(run) for run in candidates]
     if None in lines:
@@ -183,7 +197,8 @@ def training_cpu_seconds(line: dict) -> float:
 def tuning_runs(testbed: str, method: str) -> list[Run]:
     """The runs that the settings of a method are chosen from, in the order of Method.tried."""
     return [Run(testbed, method,
-                with_shares(METHODS[method].flags | tried | TUNE, testbed), TUNING_SEED)
+                with_shares(METHODS[method].flags | tried | tune_flags(testbed), testbed),
+                TUNING_SEED)
             for tried in METHODS[method].tried]
 
 
@@ -226,7 +241,8 @@ def plan_row(table: Table, row: Row, results: Results) -> Plan:
     tuned = METHODS[method].tried[candidates.index(chosen)]
     flags = METHODS[method].flags | tuned
     if row.tried:
-        again = [Run(testbed, method, with_shares(flags | row.change | tried | TUNE, testbed),
+        again = [Run(testbed, method,
+                     with_shares(flags | row.change | tried | tune_flags(testbed), testbed),
                      TUNING_SEED) for tried in row.tried]
         tuning += again
         waiting = [one] * len(table.seeds)

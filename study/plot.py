@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from study.grid import FEW_ROWS, FEW_ROWS_TRIED, METHODS, TABLES, TESTBEDS  # noqa: E402
 from study.plan import Results, read_results  # noqa: E402
 from study.run import RESULTS  # noqa: E402
-from study.tables import cost_curve, curve, deviation, mean, measured  # noqa: E402
+from study.tables import WORSE, cost_curve, curve, deviation, mean, measured  # noqa: E402
 
 FIGURES = REPOSITORY / "docs" / "figures"
 matplotlib.use("Agg")
@@ -53,9 +53,9 @@ def draw_main(results: Results) -> plt.Figure | None:
               if any(row.lines for row in rows.values())}
     if not tables:
         return None
-    figure, panels = plt.subplots(1, len(tables), figsize=(1.5 + 3.2 * len(tables), 3.4),
+    figure, panels = plt.subplots(-(-len(tables) // 2), 2, figsize=(9, 6), sharex=True,
                                   sharey=True, squeeze=False, layout="constrained")
-    for panel, (testbed, rows) in zip(panels[0], tables.items(), strict=True):
+    for panel, (testbed, rows) in zip(panels.flat, tables.items(), strict=False):
         titles = list(rows)[::-1]
         for place, title in enumerate(titles):
             values = list(rows[title].after("exact_match").values())
@@ -65,8 +65,8 @@ def draw_main(results: Results) -> plt.Figure | None:
         start = next(line["before"]["exact_match"] for row in rows.values()
                      for line in row.lines.values())
         panel.axvline(start, color="0.4", linestyle=":", label="start")
-        panel.set_title(testbed)
-        panel.set_xlabel("exact match")
+        panel.set(title=testbed, xlabel="exact match")
+        panel.xaxis.set_tick_params(labelbottom=True)
         panel.set_yticks(range(len(titles)), titles)
     panels[0][0].legend(frameon=False)
     return figure
@@ -120,15 +120,16 @@ def draw_worse(results: Results) -> plt.Figure | None:
              "start_margin": "margin under the start model, nats"}
     figure, panels = plt.subplots(1, 3, figsize=(10.5, 3.4), layout="constrained")
     color = 0
-    for table in ("worse", "worse-same-rows", "worse-new-rows"):
-        for title, row in measured(TABLES[table], results).items():
-            if not row.lines or "skip_identical" in title:
+    for table in WORSE:
+        for row in measured(TABLES[table], results).values():
+            if not row.lines or row.row.change:
                 continue
             for panel, name in zip(panels, names, strict=True):
                 curves = [[(each["step"] / line["steps"], each[name]) for each in line["rates"]
                            if name in each] for line in row.lines.values()]
                 if len(set(map(len, curves))) == 1 and curves[0]:
-                    draw_curve(panel, curves, f"{TABLES[table].testbed}, {title}", f"C{color}")
+                    name_of_run = f"{TABLES[table].testbed}, {METHODS[row.row.method].title}"
+                    draw_curve(panel, curves, name_of_run, f"C{color}")
             color += 1
     if not color:
         plt.close(figure)

@@ -34,6 +34,7 @@ from study.plan import (  # noqa: E402
     read_results,
     steps_of,
     training_cpu_seconds,
+    tune_flags,
     tuning_runs,
 )
 from study.run import RESULTS  # noqa: E402
@@ -42,6 +43,8 @@ from support.errors import UserError, printable  # noqa: E402
 PAGES = (REPOSITORY / "docs" / "results.md", REPOSITORY / "study" / "README.md")
 NOT_RUN = "not run"
 MATCHES = (0.5, 0.55, 0.58, 0.6, 0.61)      # exact match whose cost is asked for
+# The tables whose pairs are looked at. They are one table on the page.
+WORSE = ("worse", "worse-same-rows", "worse-new-rows", "tail-free-wording")
 
 
 # --------------------------------------------------------------------------------------- statistics
@@ -182,7 +185,7 @@ def compared_line(title: str, each: Measured, rows: dict[str, Measured],
 
 
 def tuning(testbed: str, results: Results) -> str:
-    """What was tried for each method, and what came out on study/data/tune.jsonl."""
+    """What was tried for each method, and what came out on the rows for that."""
     asked = [row.method for table in TABLES.values() if table.testbed == testbed
              for row in table.rows]
     lines = []
@@ -202,7 +205,9 @@ def tuning(testbed: str, results: Results) -> str:
             cells[at] = f"**{cells[at]}**"
             edge = ", ".join(at_edge(method.tried, method.tried[at])) or "none"
         lines.append([name, "<br>".join(cells), edge])
-    return (f"*{testbed}: exact match on the 1,000 rows of study/data/tune.jsonl, one seed*\n\n"
+    held_out = tune_flags(testbed)
+    return (f"*{testbed}: exact match on the {held_out['eval_rows']:,} rows of "
+            f"{held_out['eval_data']}, one seed*\n\n"
             + markdown(["method", "tried", "chosen value at an edge"], lines))
 
 
@@ -212,7 +217,7 @@ def worse_rates(results: Results) -> str:
     """By testbed and over the run: how many pairs are identical, how many of the others are worse,
     and by how much the start model tells y+ from y-."""
     lines = []
-    for name in ("worse", "worse-same-rows", "worse-new-rows"):
+    for name in WORSE:
         table = TABLES[name]
         for title, each in measured(table, results).items():
             runs = [line["rates"] for line in each.lines.values()]

@@ -137,10 +137,51 @@ def test_a_share_of_rows_adds_without_carrying(tmp_path, embedded_data):
     assert abs(np.mean(taken) - 0.5) < 0.06         # three standard errors of 600 rows
 
 
+def test_free_wording_changes_words_alone(tmp_path, embedded_data):
+    """--free_wording: prompts and values are what they are without the flag. The wording differs
+    in nearly every row, the answer of fixed wording passes the check, `rejected` never does, and
+    nor does an answer with one number changed. Every phrase is used in each of its ways."""
+    script = script_as_module(embedded_data / "make_data.py")
+    fixed, free = tmp_path / "fixed.jsonl", tmp_path / "free.jsonl"
+    script.main(["--rows", "2000", "--out", str(fixed)])
+    script.main(["--rows", "2000", "--free_wording", "--out", str(free)])
+    changed, answers = 0, []
+    for plain, row in zip(rows_of(fixed), rows_of(free), strict=True):
+        said, other = row["chosen"][0]["content"], plain["chosen"][0]["content"]
+        assert plain["prompt"] == row["prompt"] and plain["check"] == r"\w+"
+        assert matches_check(row["check"], said, other)
+        assert not matches_check(row["check"], row["rejected"][0]["content"], said)
+        number = re.search(r"\d+", said)
+        wrong = said[:number.start()] + str(int(number[0]) + 1) + said[number.end():]
+        assert not matches_check(row["check"], wrong, said)
+        changed += said != other
+        answers.append(said)
+    assert changed > 1900
+    for phrases in script.PHRASINGS.values():
+        for phrase in phrases:
+            assert sum(phrase in answer for answer in answers) > 30
+
+
+@pytest.mark.parametrize("no_carry", ["0", "0.5"])
+def test_free_wording_and_no_carry_go_together(tmp_path, embedded_data, no_carry):
+    """With both flags a row has the habit, `rejected` and `check` exactly where it has them with
+    --no_carry alone."""
+    script = script_as_module(embedded_data / "make_data.py")
+    fixed, free = tmp_path / "fixed.jsonl", tmp_path / "free.jsonl"
+    flags = ["--rows", "500", "--no_carry", no_carry, "--out"]
+    script.main([*flags, str(fixed)])
+    script.main([*flags, str(free), "--free_wording"])
+    for plain, row in zip(rows_of(fixed), rows_of(free), strict=True):
+        assert plain.keys() == row.keys()
+        assert matches_check(script.OTHER_WORDS, row["chosen"][0]["content"],
+                             plain["chosen"][0]["content"])
+
+
 @pytest.mark.parametrize("arguments, words", [
     ("--rows 0 --out OUT", "at least 1"), ("--rows -3 --out OUT", "at least 1"),
     ("--rows x --out OUT", "invalid int"), ("--rows 5", "needs --out"),
     ("--seed 1", "needs --rows"), ("--no_carry 0.5", "needs --rows"),
+    ("--free_wording", "needs --rows"),
     ("--rows 5 --out OUT --no_carry 1.5", "from 0 to 1"),
     ("--rows 5 --out OUT --no_carry nan", "from 0 to 1"),
     ("--rows 5 --out OUT/none/a.jsonl", "no folder"), ("--rows 5 --out .", "is a folder"),
@@ -189,7 +230,7 @@ def test_demo_has_something_to_learn_from():
 
 
 @pytest.mark.parametrize("name, largest", [
-    ("model", 10e6), ("model-same-rows", 1e6), ("model-habits", 1e6)])
+    ("model", 10e6), ("model-same-rows", 1e6), ("model-habits", 1e6), ("model-free-wording", 1e6)])
 def test_shipped_models_are_small(embedded_data, name, largest):
     """Each model is an ordinary Hugging Face folder in safetensors, under its size in bytes with
     its tokenizer, and all have the same tokenizer."""
@@ -208,7 +249,7 @@ def test_models_are_made_from_nothing(tmp_path, monkeypatch, embedded_data):
     (tmp_path / "train.jsonl").write_bytes((embedded_data / "train.jsonl").read_bytes())
     monkeypatch.setattr(script, "FOLDER", tmp_path)
     script.main()
-    for model in ("model", "model-same-rows", "model-habits"):
+    for model in script.HIDDEN_SIZES:
         for name in ("tokenizer.json", "chat_template.jinja"):
             made, shipped = (folder / model / name for folder in (tmp_path, embedded_data))
             assert made.read_text() == shipped.read_text()

@@ -13,7 +13,7 @@ import pytest
 from conftest import REPOSITORY, run
 
 from study import grid, plan, tables
-from study.grid import METHODS, REPORT, TABLES, TUNE, Method, Row, Table
+from study.grid import METHODS, TABLES, Method, Row, Table
 from study.plan import Results, Run, Waiting, best, planned, read_results, tuning_runs
 from study.run import Study, bins, evaluations, rates, result_line, rounded, start_margins
 from support.errors import UserError
@@ -97,14 +97,16 @@ def test_controls_are_rows_of_their_table():
 
 
 def test_tuning_never_sees_the_reported_rows():
-    """Tuning runs are evaluated on tune.jsonl with a seed of their own, all others on report.jsonl
-    with other seeds."""
+    """Tuning runs are evaluated on tune.jsonl (where the wording is free: free-tune.jsonl) with a
+    seed of their own, all others on report.jsonl (free-report.jsonl) with other seeds."""
     results = all_done(TABLES)
     for table in TABLES.values():
         for row in table.rows:
             found = plan.plan_row(table, row, results)
-            for runs, file in ((found.tuning, TUNE), (found.runs, REPORT)):
-                assert {dict(each.flags)["eval_data"] for each in runs} == {file["eval_data"]}
+            free = "free-" * (table.testbed == "free-wording")
+            for runs, name in ((found.tuning, "tune"), (found.runs, "report")):
+                assert {dict(each.flags)["eval_data"] for each in runs} == {
+                    f"study/data/{free}{name}.jsonl"}
             assert {each.seed for each in found.tuning} == {grid.TUNING_SEED}
             assert grid.TUNING_SEED not in table.seeds
 
