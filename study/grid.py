@@ -151,6 +151,14 @@ def parts_at_sapos_settings(loss: str) -> list[Row]:
         ("whole response", WHOLE))]
 
 
+def tails(name: str) -> list[Row]:
+    """A method with each value of --tail, and nothing tuned again."""
+    title = METHODS[name].title
+    return [Row(f"{title}, keep", name),
+            *[Row(f"{title}, {tail}", name, {"tail": tail}, control=f"{title}, keep")
+              for tail in ("drop", "rewrite")]]
+
+
 # name -> table, in the order in which study/run.py runs them
 TABLES = {
     "main-habits": main_table("habits"),
@@ -186,19 +194,17 @@ TABLES = {
     "main-free-wording": main_table("free-wording"),
     # With another wording B' rarely has the length of B, and then C does not fit behind it.
     "tail-free-wording": Table(
-        "Is y- worse on *free-wording*, and what does the seam between B' and C do?",
-        "free-wording",
-        [Row(f"{METHODS[name].title}, {tail}", name, change,
-             control=f"{METHODS[name].title}, keep")
-         for name in ("sapo-dpo", "sapo-orpo")
-         for tail, change in (("keep", {}), ("drop", {"tail": "drop"}),
-                              ("rewrite", {"tail": "rewrite"}))],
-        THREE, watch={"save_pairs": True}, evaluate=OTHER_REPORT["free-wording"]),
+        "Is y- worse on *free-wording*, and what does the seam cost there?", "free-wording",
+        [*tails("sapo-dpo"), *tails("sapo-orpo")], THREE, watch={"save_pairs": True},
+        evaluate=OTHER_REPORT["free-wording"]),
     # ORPO's supervised term alone does as well as SAPO-ORPO on *habits*. With DPO pairs are all
     # there is.
     "parts-dpo": Table(
         "What do the parts do where pairs are the only signal?", "habits",
         [Row(SAPO_PARTS, "sapo-dpo"), *parts_at_sapos_settings("dpo")], THREE, control=SAPO_PARTS),
+    "tail-dpo": Table(
+        "What does the seam cost where pairs are the only signal?", "habits", tails("sapo-dpo"),
+        THREE),
     "reference": Table(
         "Which reference does SAPO-DPO need?", "habits",
         [Row("EMA model, every 1/4 of the run (SAPO-DPO)", "sapo-dpo"),
