@@ -10,7 +10,8 @@ carries a `check`, a regular expression. A response is right when the check matc
 in it as in the chosen response, in the same order. So every intermediate step counts, not only the
 last number. The wording of an answer is fixed: where two answers to a prompt differ, one of them is
 wrong. So `rejected` is always worse than `chosen`, and so is every rewrite that differs from it.
-With --free_wording, answers that say the same in other words are right as well.
+With --free_wording, answers that say the same in other words are right as well. Their check leaves
+out every word that PHRASINGS has, wherever it stands, so a garbled phrase passes.
 
 --rows N      as many other rows as asked, written one at a time. No prompt comes twice, and none is
               in train.jsonl or heldout.jsonl beside this file
@@ -20,8 +21,10 @@ With --free_wording, answers that say the same in other words are right as well.
 --no_carry P  this share of the rows (0 to 1) adds without carrying, see add_without_carrying. They
               are there to train a base model with a bad habit. Where the habit changes the answer,
               the row has neither `rejected` nor `check`: its `chosen` is itself wrong (0)
---free_wording  the words of every answer are drawn from PHRASINGS, `chosen` and `rejected` each for
-              itself. The check of such a row counts all words but those
+--free_wording  the phrases of every answer are drawn from PHRASINGS, `chosen` and `rejected` each
+              for itself
+--check_wording  with --free_wording: the check counts phrases, too. It matches an answer in each of
+              its wordings, and nothing else
 """
 import argparse
 import hashlib
@@ -198,7 +201,7 @@ def letters(rng: random.Random) -> Question:
 # Spelling is easy, so it comes half as often as each of the others.
 FAMILIES = [*[running_sum, money_left, shopping, sorting, weekdays] * 2, letters]
 
-# With free wording, each phrase on the left becomes one of those on the right, which mean the same.
+# With free wording, one of the phrases on the right takes the place of the one on the left.
 PHRASINGS = {
     " + ": (" + ", " and ", " add "),
     " - ": (" - ", " less "),
@@ -218,11 +221,11 @@ PHRASINGS = {
     "Day: ": ("Day: ", "Day is "),
     "Letters: ": ("Letters: ", "Total: ")}
 PHRASE = re.compile("|".join(map(re.escape, sorted(PHRASINGS, key=len, reverse=True))))
-# What counts in an answer: every word, or every word that is in no phrase.
+# What the check of a row counts: every word, or every word that is in no phrase.
 EVERY_WORD = r"\w+"
-FREE_WORDS = sorted({word for phrases in PHRASINGS.values() for phrase in phrases
-                     for word in re.findall(EVERY_WORD, phrase)})
-OTHER_WORDS = rf"\b(?!(?:{'|'.join(FREE_WORDS)})\b)\w+"
+PHRASE_WORDS = sorted({word for phrases in PHRASINGS.values() for phrase in phrases
+                       for word in re.findall(EVERY_WORD, phrase)})
+CONTENT_WORDS = rf"\b(?!(?:{'|'.join(PHRASE_WORDS)})\b)\w+"
 
 
 def reword(rng: random.Random, answer: str) -> str:
@@ -233,30 +236,43 @@ def reword(rng: random.Random, answer: str) -> str:
     return PHRASE.sub(lambda found: rng.choice(PHRASINGS[found[0]]), answer)
 
 
+def any_wording(answer: str) -> str:
+    """A check that finds something in the answer in each of its wordings, and in no other text.
+
+    What it finds is empty: the whole text is looked at from its start.
+    """
+    parts = re.split(f"({PHRASE.pattern})", answer)
+    ways = ("|".join(map(re.escape, PHRASINGS.get(part, (part,)))) for part in parts)
+    return r"\A(?=" + "".join(f"(?:{way})" for way in ways) + r"\Z)"
+
+
+def message(text: str, wording_rng: random.Random | None) -> dict:
+    """The text as the assistant's message, reworded where there is a wording_rng."""
+    return {"role": "assistant", "content": reword(wording_rng, text) if wording_rng else text}
+
+
 def make_row(rng: random.Random, habit_rng: random.Random, no_carry: float = 0.0,
-             wording_rng: random.Random | None = None) -> dict:
+             wording_rng: random.Random | None = None, check_wording: bool = False) -> dict:
     """One row: a chat of two or three user turns, the right answer, a wrong one, and the check.
 
     no_carry: the probability that the answer adds without carrying. habit_rng decides whether it
     does, so that the prompts are the same at any probability. wording_rng: draws the wording of the
-    answers (None: it is fixed).
+    answers (None: it is fixed). check_wording: the check counts phrases, too.
     """
     chat, answer, steps = rng.choice(FAMILIES)(rng)
     roles = cycle(["user", "assistant"])
     chosen, rejected = answer(-1, operator.add), answer(rng.randrange(steps), operator.add)
     while rejected == chosen:
         rejected = answer(rng.randrange(steps), operator.add)
-
-    def worded(text: str) -> dict:
-        return {"role": "assistant", "content": reword(wording_rng, text) if wording_rng else text}
     row = {"prompt": [{"role": role, "content": content}
                       for role, content in zip(roles, chat, strict=False)]}      # roles: endless
     if habit_rng.random() < no_carry:
         habit = answer(-1, add_without_carrying)
         if habit != chosen:
-            return row | {"chosen": [worded(habit)]}
-    return row | {"chosen": [worded(chosen)], "rejected": [worded(rejected)],
-                  "check": OTHER_WORDS if wording_rng else EVERY_WORD}
+            return row | {"chosen": [message(habit, wording_rng)]}
+    check = any_wording(chosen) if check_wording else CONTENT_WORDS if wording_rng else EVERY_WORD
+    return row | {"chosen": [message(chosen, wording_rng)],
+                  "rejected": [message(rejected, wording_rng)], "check": check}
 
 
 def digest(row: dict) -> bytes:
@@ -265,12 +281,12 @@ def digest(row: dict) -> bytes:
 
 
 def make_rows(seed: int, avoided: set[bytes], no_carry: float = 0.0,
-              free_wording: bool = False) -> Iterator[dict]:
+              free_wording: bool = False, check_wording: bool = False) -> Iterator[dict]:
     """Rows without end, no prompt twice. avoided: digests of prompts that are left out."""
     rng, habit_rng, seen = random.Random(seed), random.Random(f"habit {seed}"), set(avoided)
     wording_rng = random.Random(f"wording {seed}") if free_wording else None
     while True:
-        row = make_row(rng, habit_rng, no_carry, wording_rng)
+        row = make_row(rng, habit_rng, no_carry, wording_rng, check_wording)
         key = digest(row)
         if key not in seen:
             seen.add(key)
@@ -311,6 +327,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--avoid", type=Path, action="append")
     parser.add_argument("--no_carry", type=float)
     parser.add_argument("--free_wording", action="store_true", default=None)
+    parser.add_argument("--check_wording", action="store_true", default=None)
     parser.error = refuse               # one sentence, without the usage
     given = parser.parse_args(arguments)
     if given.rows is None:
@@ -328,6 +345,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         refuse(f"--out {given.out} is a folder; name a file in it")
     if given.no_carry is not None and not 0 <= given.no_carry <= 1:
         refuse(f"--no_carry is a share of the rows, from 0 to 1, not {given.no_carry}")
+    if given.check_wording and not given.free_wording:
+        refuse("--check_wording needs --free_wording: a fixed wording is always checked")
     return given
 
 
@@ -350,7 +369,8 @@ def main(arguments: list[str]) -> None:
         except (OSError, ValueError) as error:
             refuse(f"{file}: can't read its prompts ({getattr(error, 'strerror', None) or error})")
     try:
-        rows = make_rows(given.seed or 0, avoided, given.no_carry or 0.0, bool(given.free_wording))
+        rows = make_rows(given.seed or 0, avoided, given.no_carry or 0.0, bool(given.free_wording),
+                         bool(given.check_wording))
         write_rows(given.out, islice(rows, given.rows))
     except OSError as error:
         refuse(f"--out {given.out}: can't write it ({error.strerror})")

@@ -18,7 +18,7 @@ FILES = {
     "report.jsonl": ["--rows", "2000", "--seed", "2"],      # held out: the tables report these
     "train-40000.jsonl": ["--rows", "40000", "--seed", "3"],
     "no-carry-16000.jsonl": ["--rows", "16000", "--seed", "4", "--no_carry", "0.5"],
-    # The same three uses where the wording is free, and the rows that a method trains on.
+    # For free-wording: tuning, tables, the rows of its base, and those that a method trains on.
     "free-tune.jsonl": ["--rows", "1000", "--seed", "5", "--free_wording"],
     "free-report.jsonl": ["--rows", "2000", "--seed", "6", "--free_wording"],
     "free-no-carry-16000.jsonl": ["--rows", "16000", "--seed", "7", "--no_carry", "0.5",

@@ -12,12 +12,10 @@ A run's flags are, each over the one before:
 from typing import NamedTuple
 
 TESTBEDS = ("habits", "same-rows", "new-rows", "free-wording")
-# Tuning runs are judged on other rows than the tables report.
+# Tables report the held-out rows that the testbed's file names. Tuning runs are judged on others.
+REPORT = {"eval_rows": 1000}
 TUNE = {"eval_data": "study/data/tune.jsonl", "eval_rows": 1000}
-REPORT = {"eval_data": "study/data/report.jsonl", "eval_rows": 1000}
-# A testbed whose held-out rows are not these: testbed -> the flags that take their place.
-OTHER_TUNE = {"free-wording": TUNE | {"eval_data": "study/data/free-tune.jsonl"}}
-OTHER_REPORT = {"free-wording": REPORT | {"eval_data": "study/data/free-report.jsonl"}}
+TUNE_FREE_WORDING = {"eval_data": "study/data/free-tune.jsonl", "eval_rows": 1000}
 TUNING_SEED = 100
 # Flags that measure more and change nothing of what is learned.
 WATCHING = ("eval_every", "save_pairs")
@@ -58,7 +56,7 @@ class Row(NamedTuple):
 class Table(NamedTuple):
     """A question, on one testbed. control: the row that the others are compared with, per seed.
 
-    watch: flags of WATCHING for all rows. evaluate: the held-out rows, and how many of them.
+    watch: flags of WATCHING for all rows. evaluate: how many held-out rows.
     """
     question: str
     testbed: str
@@ -130,8 +128,7 @@ IS_SAPO = as_tuned("sapo-{loss}")[0]._replace(title="SAPO")
 
 
 def main_table(testbed: str) -> Table:
-    return Table(f"How do the methods compare on *{testbed}*?", testbed, MAIN, FIVE, control="SFT",
-                 evaluate=OTHER_REPORT.get(testbed, REPORT))
+    return Table(f"How do the methods compare on *{testbed}*?", testbed, MAIN, FIVE, control="SFT")
 
 
 def worse_table(testbed: str) -> Table:
@@ -192,11 +189,11 @@ TABLES = {
     "main-new-rows": main_table("new-rows"),
     "worse-new-rows": worse_table("new-rows"),
     "main-free-wording": main_table("free-wording"),
-    # With another wording B' rarely has the length of B, and then C does not fit behind it.
+    # In other words as many tokens get less far, or further. Then C repeats something, or leaves
+    # something out.
     "tail-free-wording": Table(
         "Is y- worse on *free-wording*, and what does the seam cost there?", "free-wording",
-        [*tails("sapo-dpo"), *tails("sapo-orpo")], THREE, watch={"save_pairs": True},
-        evaluate=OTHER_REPORT["free-wording"]),
+        [*tails("sapo-dpo"), *tails("sapo-orpo")], THREE, watch={"save_pairs": True}),
     # ORPO's supervised term alone does as well as SAPO-ORPO on *habits*. With DPO pairs are all
     # there is.
     "parts-dpo": Table(
@@ -247,4 +244,4 @@ TABLES = {
         "What does a given exact match cost?", "habits",
         [IS_SAPO, Row("SPIN", "spin-{loss}"), Row("on-policy", "on-policy-{loss}"),
          Row("SAPO, the whole response", "whole-{loss}"), *as_tuned("sft")],
-        THREE, watch={"eval_every": Share(1 / 24)}, evaluate=REPORT | {"eval_rows": 500})}
+        THREE, watch={"eval_every": Share(1 / 24)}, evaluate={"eval_rows": 500})}

@@ -17,8 +17,8 @@ sys.path.insert(0, str(REPOSITORY))
 
 from study.grid import (  # noqa: E402
     METHODS,
-    OTHER_TUNE,
     TUNE,
+    TUNE_FREE_WORDING,
     TUNING_SEED,
     WATCHING,
     Row,
@@ -60,7 +60,7 @@ class Run(NamedTuple):
         shown = {name: value for name, value in self.flags
                  if own.get(name) != value and name not in TUNE}
         is_tuning = dict(self.flags).get("eval_data") == tune_flags(self.testbed)["eval_data"]
-        return " ".join([self.testbed, self.method, *["tune"] * is_tuning,
+        return " ".join([self.testbed, self.method, *(["tune"] if is_tuning else []),
                          *(f"{name}={value}" for name, value in shown.items()),
                          f"seed={self.seed}"])
 
@@ -112,7 +112,7 @@ def run_id(words: tuple[str, ...]) -> str:
 
 def tune_flags(testbed: str) -> dict:
     """The held-out rows that the settings of a testbed's methods are chosen on."""
-    return OTHER_TUNE.get(testbed, TUNE)
+    return TUNE_FREE_WORDING if testbed == "free-wording" else TUNE
 
 
 def steps_of(testbed: str) -> int:

@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from study.grid import FEW_ROWS, FEW_ROWS_TRIED, METHODS, TABLES, TESTBEDS  # noqa: E402
 from study.plan import Results, read_results  # noqa: E402
 from study.run import RESULTS  # noqa: E402
-from study.tables import WORSE, cost_curve, curve, deviation, mean, measured  # noqa: E402
+from study.tables import WITH_PAIRS, cost_curve, curve, deviation, mean, measured  # noqa: E402
 
 FIGURES = REPOSITORY / "docs" / "figures"
 matplotlib.use("Agg")
@@ -53,8 +53,9 @@ def draw_main(results: Results) -> plt.Figure | None:
               if any(row.lines for row in rows.values())}
     if not tables:
         return None
-    figure, panels = plt.subplots(-(-len(tables) // 2), 2, figsize=(9, 6), sharex=True,
-                                  sharey=True, squeeze=False, layout="constrained")
+    lines = -(-len(tables) // 2)
+    figure, panels = plt.subplots(lines, 2, figsize=(9, 3 * lines), sharex=True, sharey=True,
+                                  squeeze=False, layout="constrained")
     for panel, (testbed, rows) in zip(panels.flat, tables.items(), strict=False):
         titles = list(rows)[::-1]
         for place, title in enumerate(titles):
@@ -68,6 +69,8 @@ def draw_main(results: Results) -> plt.Figure | None:
         panel.set(title=testbed, xlabel="exact match")
         panel.xaxis.set_tick_params(labelbottom=True)
         panel.set_yticks(range(len(titles)), titles)
+    for panel in panels.flat[len(tables):]:
+        panel.remove()
     panels[0][0].legend(frameon=False)
     return figure
 
@@ -120,16 +123,16 @@ def draw_worse(results: Results) -> plt.Figure | None:
              "start_margin": "margin under the start model, nats"}
     figure, panels = plt.subplots(1, 3, figsize=(10.5, 3.4), layout="constrained")
     color = 0
-    for table in WORSE:
+    for table in WITH_PAIRS:
         for row in measured(TABLES[table], results).values():
             if not row.lines or row.row.change:
                 continue
+            label = f"{TABLES[table].testbed}, {METHODS[row.row.method].title}"
             for panel, name in zip(panels, names, strict=True):
                 curves = [[(each["step"] / line["steps"], each[name]) for each in line["rates"]
                            if name in each] for line in row.lines.values()]
                 if len(set(map(len, curves))) == 1 and curves[0]:
-                    name_of_run = f"{TABLES[table].testbed}, {METHODS[row.row.method].title}"
-                    draw_curve(panel, curves, name_of_run, f"C{color}")
+                    draw_curve(panel, curves, label, f"C{color}")
             color += 1
     if not color:
         plt.close(figure)

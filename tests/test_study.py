@@ -103,9 +103,9 @@ def test_tuning_never_sees_the_reported_rows():
     for table in TABLES.values():
         for row in table.rows:
             found = plan.plan_row(table, row, results)
-            free = "free-" * (table.testbed == "free-wording")
+            free = "free-" if table.testbed == "free-wording" else ""
             for runs, name in ((found.tuning, "tune"), (found.runs, "report")):
-                assert {dict(each.flags)["eval_data"] for each in runs} == {
+                assert {plan.settings_of(tuple(each.words)).eval_data for each in runs} == {
                     f"study/data/{free}{name}.jsonl"}
             assert {each.seed for each in found.tuning} == {grid.TUNING_SEED}
             assert grid.TUNING_SEED not in table.seeds
@@ -132,6 +132,7 @@ def test_a_runs_name_says_what_its_method_does_not():
                           all_done({"reference": TABLES["reference"]}))
     assert found.runs[0].name == "habits sapo-dpo ref_every=6 lr=1e-05 beta=0.5 seed=0"
     assert found.tuning[0].name == "habits sapo-dpo tune lr=1e-05 beta=0.5 seed=100"
+    assert tuning_runs("free-wording", "sft")[0].name == "free-wording sft tune lr=3e-06 seed=100"
 
 
 # ------------------------------------------------------------------------------- identity, skipping
