@@ -163,11 +163,12 @@ def test_the_flags_table_has_the_defaults_first():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_flag_that_is_named_exists(name):
-    """Every --flag on a page is a flag of train.py, of a program in bench/, study/ or examples/, or
-    of a known tool."""
+    """Every --flag on a page is a flag of train.py, of a program in bench/, data/, study/ or
+    examples/, or of a known tool."""
     own = {f.name for f in fields(Settings)}
     own |= {f"no-{f.name}" for f in fields(Settings) if f.type is bool}
-    for program in [*REPOSITORY.glob("bench/*.py"), *REPOSITORY.glob("study/*.py")]:
+    for program in [path for folder in ("bench", "data", "study")
+                    for path in (REPOSITORY / folder).glob("*.py")]:
         own |= set(re.findall(r'add_argument\("--(\w+)"', program.read_text(encoding="utf-8")))
     sgpo = (REPOSITORY / "examples/sgpo.py").read_text(encoding="utf-8")
     own |= set(re.findall(r'"(\w+)": ', sgpo))              # its table of flags and defaults
