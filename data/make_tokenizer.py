@@ -5,6 +5,7 @@
     torchrun train.py @recipes/base-same-rows.txt       # the weights of data/model-same-rows
     torchrun train.py @recipes/base-habits.txt          # the weights of data/model-habits
     torchrun train.py @recipes/base-free-wording.txt    # the weights of data/model-free-wording
+    torchrun train.py @recipes/base-no-habit.txt        # the weights of data/model-no-habit
 
 The script reads train.jsonl beside this file. The tokenizer is a byte-level BPE learned on the
 training rows. Digits stay single tokens, so that the model can learn sums. The chat template is
@@ -20,7 +21,8 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 FOLDER = Path(__file__).parent
 VOCABULARY = 640
 # The hidden size of each model. Those with 40 can't get every row right: too small for that.
-HIDDEN_SIZES = {"model": 64, "model-same-rows": 40, "model-habits": 40, "model-free-wording": 40}
+HIDDEN_SIZES = {"model": 64, "model-same-rows": 40, "model-habits": 40, "model-free-wording": 40,
+                "model-no-habit": 40}
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

@@ -18,12 +18,14 @@ FILES = {
     "report.jsonl": ["--rows", "2000", "--seed", "2"],      # held out: the tables report these
     "train-40000.jsonl": ["--rows", "40000", "--seed", "3"],
     "no-carry-16000.jsonl": ["--rows", "16000", "--seed", "4", "--no_carry", "0.5"],
-    # For free-wording: tuning, tables, the rows of its base, and those that a method trains on.
+    # For free-wording: tuning, tables, the rows of its base, and those that a method trains on. For
+    # no-habit the same, but for those of its base.
     "free-tune.jsonl": ["--rows", "1000", "--seed", "5", "--free_wording"],
     "free-report.jsonl": ["--rows", "2000", "--seed", "6", "--free_wording"],
     "free-no-carry-16000.jsonl": ["--rows", "16000", "--seed", "7", "--no_carry", "0.5",
                                   "--free_wording"],
-    "free-train.jsonl": ["--rows", "1000", "--seed", "8", "--free_wording"]}
+    "free-train.jsonl": ["--rows", "1000", "--seed", "8", "--free_wording"],
+    "free-16000.jsonl": ["--rows", "16000", "--seed", "9", "--free_wording"]}
 
 
 def commands(folder: Path = FOLDER) -> dict[Path, list[str]]:

@@ -11,11 +11,12 @@ A run's flags are, each over the one before:
 """
 from typing import NamedTuple
 
-TESTBEDS = ("habits", "same-rows", "new-rows", "free-wording")
+TESTBEDS = ("habits", "same-rows", "new-rows", "free-wording", "no-habit")
 # Tables report the held-out rows that the testbed's file names. Tuning runs are judged on others.
 REPORT = {"eval_rows": 1000}
 TUNE = {"eval_data": "study/data/tune.jsonl", "eval_rows": 1000}
 TUNE_FREE_WORDING = {"eval_data": "study/data/free-tune.jsonl", "eval_rows": 1000}
+FREE_WORDING = ("free-wording", "no-habit")     # testbeds that are tuned on the latter
 TUNING_SEED = 100
 # Flags that measure more and change nothing of what is learned.
 WATCHING = ("eval_every", "save_pairs")
@@ -148,12 +149,12 @@ def parts_at_sapos_settings(loss: str) -> list[Row]:
         ("whole response", WHOLE))]
 
 
-def tails(name: str) -> list[Row]:
-    """A method with each value of --tail, and nothing tuned again."""
+def tails(name: str, *others: str) -> list[Row]:
+    """A method with --tail keep and with other values of --tail, and nothing tuned again."""
     title = METHODS[name].title
     return [Row(f"{title}, keep", name),
             *[Row(f"{title}, {tail}", name, {"tail": tail}, control=f"{title}, keep")
-              for tail in ("drop", "rewrite")]]
+              for tail in others]]
 
 
 # name -> table, in the order in which study/run.py runs them
@@ -193,15 +194,20 @@ TABLES = {
     # something out.
     "tail-free-wording": Table(
         "Is y- worse on *free-wording*, and what does the seam cost there?", "free-wording",
-        [*tails("sapo-dpo"), *tails("sapo-orpo")], THREE, watch={"save_pairs": True}),
+        [*tails("sapo-dpo", "drop", "rewrite"), *tails("sapo-orpo", "drop", "rewrite")], THREE,
+        watch={"save_pairs": True}),
+    "no-habit": Table(
+        "What does SAPO do where many rewrites are as good as the original?", "no-habit",
+        [*as_tuned("sft"), *tails("sapo-dpo", "rewrite"), *tails("sapo-orpo", "rewrite")], THREE,
+        control="SFT", watch={"save_pairs": True}),
     # ORPO's supervised term alone does as well as SAPO-ORPO on *habits*. With DPO pairs are all
     # there is.
     "parts-dpo": Table(
         "What do the parts do where pairs are the only signal?", "habits",
         [Row(SAPO_PARTS, "sapo-dpo"), *parts_at_sapos_settings("dpo")], THREE, control=SAPO_PARTS),
     "tail-dpo": Table(
-        "What does the seam cost where pairs are the only signal?", "habits", tails("sapo-dpo"),
-        THREE),
+        "What does the seam cost where pairs are the only signal?", "habits",
+        tails("sapo-dpo", "drop", "rewrite"), THREE),
     "reference": Table(
         "Which reference does SAPO-DPO need?", "habits",
         [Row("EMA model, every 1/4 of the run (SAPO-DPO)", "sapo-dpo"),

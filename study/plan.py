@@ -16,6 +16,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from study.grid import (  # noqa: E402
+    FREE_WORDING,
     METHODS,
     TUNE,
     TUNE_FREE_WORDING,
@@ -112,7 +113,7 @@ def run_id(words: tuple[str, ...]) -> str:
 
 def tune_flags(testbed: str) -> dict:
     """The held-out rows that the settings of a testbed's methods are chosen on."""
-    return TUNE_FREE_WORDING if testbed == "free-wording" else TUNE
+    return TUNE_FREE_WORDING if testbed in FREE_WORDING else TUNE
 
 
 def steps_of(testbed: str) -> int:

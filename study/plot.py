@@ -18,7 +18,7 @@ sys.path.insert(0, str(REPOSITORY))
 import matplotlib  # noqa: E402
 import matplotlib.pyplot as plt  # noqa: E402
 
-from study.grid import FEW_ROWS, FEW_ROWS_TRIED, METHODS, TABLES, TESTBEDS  # noqa: E402
+from study.grid import FEW_ROWS, FEW_ROWS_TRIED, METHODS, TABLES  # noqa: E402
 from study.plan import Results, read_results  # noqa: E402
 from study.run import RESULTS  # noqa: E402
 from study.tables import WITH_PAIRS, cost_curve, curve, deviation, mean, measured  # noqa: E402
@@ -48,7 +48,8 @@ def draw_curve(panel, curves: list[list[tuple[float, float]]], label: str, color
 
 def draw_main(results: Results) -> plt.Figure | None:
     """A panel per testbed: a point per seed, a bar at the mean, a line at the start model."""
-    tables = {testbed: measured(TABLES[f"main-{testbed}"], results) for testbed in TESTBEDS}
+    tables = {table.testbed: measured(table, results) for name, table in TABLES.items()
+              if name.startswith("main-")}
     tables = {testbed: rows for testbed, rows in tables.items()
               if any(row.lines for row in rows.values())}
     if not tables:

@@ -260,7 +260,8 @@ def test_demo_has_something_to_learn_from():
 
 
 @pytest.mark.parametrize("name, largest", [
-    ("model", 10e6), ("model-same-rows", 1e6), ("model-habits", 1e6), ("model-free-wording", 1e6)])
+    ("model", 10e6), ("model-same-rows", 1e6), ("model-habits", 1e6), ("model-free-wording", 1e6),
+    ("model-no-habit", 1e6)])
 def test_shipped_models_are_small(embedded_data, name, largest):
     """Each model is an ordinary Hugging Face folder in safetensors, under its size in bytes with
     its tokenizer, and all have the same tokenizer."""

@@ -14,7 +14,8 @@ RECIPES = {file.stem: file for file in sorted((HERE / "recipes").glob("*.txt"))}
 PAGE = HERE / "docs" / "paper-runs.md"
 
 # Recipes of the models and the rows that come with this repository.
-EMBEDDED = {"demo", "demo-sft", "new-rows", "base-same-rows", "base-habits", "base-free-wording"}
+EMBEDDED = {"demo", "demo-sft", "new-rows", "base-same-rows", "base-habits", "base-free-wording",
+            "base-no-habit"}
 
 LLAMA, MISTRAL = "llama3-8b", "mistral-7b"
 DPO = {"loss": "dpo", "optimizer": "rmsprop", "schedule": "linear", "warmup": 0.1, "lr": [5e-7],

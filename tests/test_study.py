@@ -103,7 +103,7 @@ def test_tuning_never_sees_the_reported_rows():
     for table in TABLES.values():
         for row in table.rows:
             found = plan.plan_row(table, row, results)
-            free = "free-" if table.testbed == "free-wording" else ""
+            free = "free-" if table.testbed in ("free-wording", "no-habit") else ""
             for runs, name in ((found.tuning, "tune"), (found.runs, "report")):
                 assert {plan.settings_of(tuple(each.words)).eval_data for each in runs} == {
                     f"study/data/{free}{name}.jsonl"}

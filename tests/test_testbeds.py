@@ -9,7 +9,7 @@ from support.settings import parse
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STUDY = REPOSITORY / "study"
-TESTBEDS = ("habits", "same-rows", "new-rows", "free-wording")
+TESTBEDS = ("habits", "same-rows", "new-rows", "free-wording", "no-habit")
 
 
 @pytest.fixture
@@ -70,16 +70,18 @@ def test_a_testbed_and_a_method_are_a_run(name, method, monkeypatch, tmp_path):
 
 def test_the_bases_are_made_from_what_the_testbeds_do_not_use(study_data):
     """The rows that `habits` trains on are embedded ones, and its base was made from rows that
-    leave all embedded ones out; `same rows` trains on rows that its base was made from, `free
-    wording` on others."""
-    habits, same, new, free = (parse([f"@{STUDY}/{name}.txt"]) for name in TESTBEDS)
+    leave all embedded ones out; `same-rows` trains on rows that its base was made from,
+    `free-wording` and `no-habit` on others."""
+    habits, same, new, free, no_habit = (parse([f"@{STUDY}/{name}.txt"]) for name in TESTBEDS)
     made = {name: parse([f"@{REPOSITORY}/recipes/base-{name}.txt"])
-            for name in ("habits", "same-rows", "free-wording")}
+            for name in ("habits", "same-rows", "free-wording", "no-habit")}
     assert Path(habits.data).parts[0] == Path(new.data).parts[0] == "data"
     for recipe in made.values():
         assert Path(recipe.data).name in study_data.FILES
     assert same.data == made["same-rows"].data
     assert made["habits"].model == made["free-wording"].model == same.model
-    assert Path(free.data).name in study_data.FILES and free.data != made["free-wording"].data
+    assert made["no-habit"].model == same.model
+    assert Path(free.data).name in study_data.FILES and free.data == no_habit.data
+    assert free.data not in (made["free-wording"].data, made["no-habit"].data)
     assert new.rows.startswith("2500:")     # recipes/demo-sft.txt, which made its base, has :2500
     assert parse([f"@{REPOSITORY}/recipes/demo-sft.txt"]).rows == ":2500"
