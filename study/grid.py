@@ -157,6 +157,8 @@ def tails(name: str, *others: str) -> list[Row]:
               for tail in others]]
 
 
+NO_HABIT = [*tails("sapo-dpo", "rewrite"), *tails("sapo-orpo", "rewrite")]
+
 # name -> table, in the order in which study/run.py runs them
 TABLES = {
     "main-habits": main_table("habits"),
@@ -196,10 +198,11 @@ TABLES = {
         "Is y- worse on *free-wording*, and what does the seam cost there?", "free-wording",
         [*tails("sapo-dpo", "drop", "rewrite"), *tails("sapo-orpo", "drop", "rewrite")], THREE,
         watch={"save_pairs": True}),
+    "worse-no-habit": Table(
+        "Is y- worse on *no-habit*?", "no-habit", NO_HABIT, THREE, watch={"save_pairs": True}),
     "no-habit": Table(
         "What does SAPO do where many rewrites are as good as the original?", "no-habit",
-        [*as_tuned("sft"), *tails("sapo-dpo", "rewrite"), *tails("sapo-orpo", "rewrite")], THREE,
-        control="SFT", watch={"save_pairs": True}),
+        [*as_tuned("sft"), *NO_HABIT], THREE, control="SFT"),
     # ORPO's supervised term alone does as well as SAPO-ORPO on *habits*. With DPO pairs are all
     # there is.
     "parts-dpo": Table(
