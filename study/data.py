@@ -1,6 +1,6 @@
 """Write the rows of the study into study/data, by data/make_data.py.
 
-    python study/data.py            # what is missing, in about 4 s on one core
+    python study/data.py            # what is missing, in about 13 s on one core
 
 No prompt is in two of these files, nor in data/train.jsonl or data/heldout.jsonl. Other programs
 call prepare() first.
