@@ -8,8 +8,9 @@ The script is deterministic: it writes the same bytes on every machine. A row is
 conversational preference format: `prompt`, `chosen` and `rejected` are lists of messages. It also
 carries a `check`, a regular expression. A response is right when the check matches the same strings
 in it as in the chosen response, in the same order. So every intermediate step counts, not only the
-last number. The wording of an answer is fixed: where two answers to a prompt differ, one of them is
-wrong. So `rejected` is always worse than `chosen`, and so is every rewrite that differs from it.
+last number. The wording of an answer is fixed: where two answers to a prompt differ in a word or a
+number, one of them is wrong. So `rejected` is always worse than `chosen`, and so is nearly every
+rewrite that differs from it: the check does not see signs and spaces.
 With --free_wording, answers that say the same in other words are right as well. Their check leaves
 out every word that PHRASINGS has, wherever it stands, so a garbled phrase passes.
 

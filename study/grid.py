@@ -192,8 +192,8 @@ TABLES = {
     "main-new-rows": main_table("new-rows"),
     "worse-new-rows": worse_table("new-rows"),
     "main-free-wording": main_table("free-wording"),
-    # In other words as many tokens get less far, or further. Then C repeats something, or leaves
-    # something out.
+    # A B' that uses other words gets less far with the same number of tokens, or further. Then C
+    # repeats something, or leaves something out.
     "tail-free-wording": Table(
         "Is y- worse on *free-wording*, and what does the seam cost there?", "free-wording",
         [*tails("sapo-dpo", "drop", "rewrite"), *tails("sapo-orpo", "drop", "rewrite")], THREE,

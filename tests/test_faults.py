@@ -388,7 +388,11 @@ def test_signals(number, tiny_run, tmp_path, capfd):
     """SIGTERM, Ctrl-C and a closed terminal: the run finishes its step, saves and exits with status
     3 and a sentence. The same signal again at once changes nothing. The run resumes."""
     flags = [*tiny_run, "--buffer_size", "8", "--out", str(tmp_path), "--schedule", "constant"]
-    child = forked(slow_program, *flags)
+
+    def signalled():
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)        # ignored where the tests run under nohup
+        slow_program(*flags)
+    child = forked(signalled)
     wait_for_step(tmp_path, lambda: os.waitpid(child, os.WNOHANG) == (0, 0))
     for _ in range(3):
         os.kill(child, number)
