@@ -390,7 +390,7 @@ def test_signals(number, tiny_run, tmp_path, capfd):
     flags = [*tiny_run, "--buffer_size", "8", "--out", str(tmp_path), "--schedule", "constant"]
 
     def signalled():
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)        # ignored where the tests run under nohup
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)       # under nohup it is ignored
         slow_program(*flags)
     child = forked(signalled)
     wait_for_step(tmp_path, lambda: os.waitpid(child, os.WNOHANG) == (0, 0))
