@@ -131,7 +131,7 @@ def make_pairs(model, examples: Sequence[Example], segment_len: int,
     end token unless B' has one. Raises ValueError on an empty response, and where generate_segments
     does.
 
-    Variants, of no use in SAPO itself:
+    Variants, which the paper's SAPO does not use:
     num_rejected: rewrites per example, all of the same segment.
     segment_len 0, tail, max_new_tokens (one, or one per example): see plan_segment.
     segment_eos: "stop" ends y- at an end token in B'; "forbid" bans end tokens in B' where y+ goes

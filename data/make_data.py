@@ -271,7 +271,9 @@ def make_row(rng: random.Random, habit_rng: random.Random, no_carry: float = 0.0
         habit = answer(-1, add_without_carrying)
         if habit != chosen:
             return row | {"chosen": [message(habit, wording_rng)]}
-    check = any_wording(chosen) if check_wording else CONTENT_WORDS if wording_rng else EVERY_WORD
+    check = CONTENT_WORDS if wording_rng else EVERY_WORD
+    if check_wording:
+        check = any_wording(chosen)
     return row | {"chosen": [message(chosen, wording_rng)],
                   "rejected": [message(rejected, wording_rng)], "check": check}
 

@@ -16,10 +16,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from study.grid import (  # noqa: E402
-    FREE_WORDING,
     METHODS,
     TUNE,
-    TUNE_FREE_WORDING,
+    TUNE_DATA,
     TUNING_SEED,
     WATCHING,
     Row,
@@ -113,7 +112,7 @@ def run_id(words: tuple[str, ...]) -> str:
 
 def tune_flags(testbed: str) -> dict:
     """The held-out rows that the settings of a testbed's methods are chosen on."""
-    return TUNE_FREE_WORDING if testbed in FREE_WORDING else TUNE
+    return TUNE | {"eval_data": TUNE_DATA.get(testbed, TUNE["eval_data"])}
 
 
 def steps_of(testbed: str) -> int:
