@@ -411,6 +411,7 @@ def test_a_second_ctrl_c_ends_at_once(tiny_run, tmp_path):
     flags = [*tiny_run, "--buffer_size", "8", "--out", str(tmp_path)]
     child = forked(lambda: slow_program(*flags, seconds=5))
     wait_for_step(tmp_path, lambda: os.waitpid(child, os.WNOHANG) == (0, 0))
+    time.sleep(0.5)         # the record of step 1 is written before step 1 looks for a signal
     os.kill(child, signal.SIGINT)
     time.sleep(1.2)
     os.kill(child, signal.SIGINT)
